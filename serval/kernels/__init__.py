@@ -1,0 +1,44 @@
+"""Fast operations, each with a plain PyTorch reference that is its specification and its fallback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from serval.kernels.attention.reference import paged_attention, paged_attention_int8
+from serval.kernels.cache_write.reference import write_cache, write_cache_int8
+from serval.kernels.gated.reference import swiglu
+from serval.kernels.grouped_linear import grouped_linear
+from serval.kernels.int8_linear import (
+    PackedInt8,
+    int8_linear,
+    int8_linear_multi,
+    pack_int8_weight,
+    unpack_int8_weight,
+)
+from serval.kernels.latent_attention.reference import paged_latent_attention
+from serval.kernels.norm.reference import add_rms_norm, rms_norm
+from serval.kernels.rope.reference import rotary
+
+__all__ = [
+    "PackedInt8",
+    "add_rms_norm",
+    "grouped_linear",
+    "int8_linear",
+    "int8_linear_multi",
+    "linear",
+    "pack_int8_weight",
+    "paged_attention",
+    "paged_attention_int8",
+    "paged_latent_attention",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "unpack_int8_weight",
+    "write_cache",
+    "write_cache_int8",
+]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
