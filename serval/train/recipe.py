@@ -1,0 +1,203 @@
+"""Recipes: one YAML file describes a training run.
+
+Every key is checked before anything starts; a mistake is reported with the file, the key, what
+was expected and, for an unknown key, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serval.errors import ConfigError
+from serval.optim import OptimizerOptions, Role, RoleOptions
+
+S = TypeVar("S", bound=BaseModel)
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RoleSection(Section):
+    """lr: multiplier of the learning rate. weight_decay: instead of the optimizer's."""
+
+    lr: float = 1.0
+    weight_decay: float | None = None
+
+
+class OptimizerSection(Section):
+    """See `serval.optim.OptimizerOptions`; `name` is a key of `serval.optim.OPTIMIZERS`."""
+
+    name: str = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    muon_lr: float | None = None
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: Positive = 5
+    muon_adjust: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+    roles: dict[Role, RoleSection] = {}
+
+    def options(self) -> OptimizerOptions:
+        """The same settings as `serval.optim.build` takes them."""
+        values = self.model_dump(exclude={"name", "roles"})
+        roles = {
+            role: RoleOptions(section.lr, section.weight_decay)
+            for role, section in self.roles.items()
+        }
+        return OptimizerOptions(**values, roles=roles)
+
+
+class ScheduleSection(Section):
+    """name: wsd, cosine or constant. Steps are optimizer steps; final: multiplier at the end."""
+
+    name: str = "wsd"
+    warmup_steps: NonNegative = 0
+    decay_steps: NonNegative = 0
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class TrainSection(Section):
+    """The loop.
+
+    steps: optimizer steps. batch_tokens: tokens of one step; micro_batch_tokens: tokens of one
+    forward pass (one packed row); the first must be a multiple of the second. dtype: auto, float32
+    or bfloat16 (autocast; weights stay float32). clip_norm: 0 switches clipping off.
+    """
+
+    steps: Positive
+    batch_tokens: Positive
+    micro_batch_tokens: Positive
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    mtp_weight: Annotated[float, Field(ge=0)] = 0.3
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
+    log_every: Positive = 10
+
+
+class ValidationSection(Section):
+    """every: steps between validations (0: only at the end). batches: packed rows of each."""
+
+    every: NonNegative = 0
+    batches: Positive = 8
+
+
+class CheckpointSection(Section):
+    """every: steps between checkpoints (0: only at the end). keep: how many to keep."""
+
+    every: NonNegative = 500
+    keep: Positive = 2
+
+
+class Recipe(Section):
+    """One training run. `model` and `data` are checked by the rooms that own them."""
+
+    output: str
+    seed: NonNegative = 0
+    model: dict[str, Any]
+    data: dict[str, Any]
+    tokenizer: dict[str, Any] = {}
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tensorboard: bool = False
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe; raises ConfigError naming the file and every wrong key."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path} is not a text file: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        kind = "empty" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"recipe {path}: expected a mapping of sections, the file is {kind}")
+    return check_section(Recipe, values, f"recipe {path}")
+
+
+def check_section(kind: type[S], values: dict[str, Any], where: str) -> S:
+    """Validate `values` as a `kind`; raises ConfigError with one line per mistake."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(kind, dict(problem)) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+
+
+_EXPECTED = {
+    "int_parsing": "int",
+    "int_type": "int",
+    "int_from_float": "int",
+    "float_parsing": "float",
+    "float_type": "float",
+    "bool_parsing": "bool",
+    "bool_type": "bool",
+    "string_type": "str",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "tuple_type": "a list",
+    "list_type": "a list",
+}
+
+
+def _describe(kind: type[BaseModel], problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"] if part != "[key]"]
+    key, given, sort = ".".join(location), problem["input"], problem["type"]
+    if sort == "extra_forbidden":
+        valid = _keys_at(kind, location[:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key '{key}'; {hint}"
+    if sort == "missing":
+        return f"missing key '{key}'"
+    if sort in _EXPECTED:
+        return f"{key}: expected {_EXPECTED[sort]}, got {given!r}"
+    message = problem["msg"].replace("Input should be ", "expected ")
+    return f"{key}: {message}, got {given!r}"
+
+
+def _keys_at(kind: type[BaseModel], location: list[str]) -> list[str]:
+    """Valid keys of the section at `location` inside `kind`."""
+    current: Any = kind
+    for part in location:
+        fields = getattr(current, "model_fields", {})
+        if part in fields:
+            current = _section_in(fields[part].annotation)
+    return list(getattr(current, "model_fields", {}))
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section class inside an annotation such as `X | None` or `dict[str, X]`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, dict, list, tuple):
+        for argument in typing.get_args(annotation):
+            found = _section_in(argument)
+            if isinstance(found, type) and issubclass(found, BaseModel):
+                return found
+    return annotation
