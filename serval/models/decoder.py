@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -100,19 +102,17 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # Set by whoever replaces linears by quantised ones; saved to config.json as it is.
+        self.quantization_config: dict[str, Any] | None = None
         hidden = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
-        block, per_layer = (
-            (ShortcutBlock, 2) if config.block == "shortcut" else (StandardBlock, 1)
-        )
+        block, per_layer = (ShortcutBlock, 2) if config.block == "shortcut" else (StandardBlock, 1)
         self.layers = nn.ModuleList(
             block(config, layer, layer * per_layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(hidden, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(hidden, config.vocab_size, bias=False)
         )
         rotary_width = config.head_dim if config.mla is None else config.mla.qk_rope_head_dim
         assert rotary_width is not None

@@ -27,7 +27,9 @@ class RMSNorm(nn.Module):
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+def inverse_frequencies(
+    rope: RopeConfig, head_dim: int, max_positions: int
+) -> tuple[Tensor, float]:
     """Rotary inverse frequencies [R/2] in float32 and the factor on cos and sin.
 
     Default: theta^(-2i/R). Llama 3: wavelengths above original/low_freq_factor are divided by

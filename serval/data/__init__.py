@@ -1,0 +1,1 @@
+"""Text to tokens to packed batches; synthetic long-context tasks; tokenizer training."""

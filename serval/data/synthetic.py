@@ -1,0 +1,224 @@
+"""Generated long-context tasks, in the style of RULER (arXiv 2404.06654) and MQAR (2312.04927).
+
+Each task writes a context that hides facts and asks for some of them. Evaluation takes one query of
+a context as a prompt; training takes the whole context with many queries, the loss on answers only
+where the rest cannot be predicted. Same seed, same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from serval.data.words import NOUNS, key_names
+from serval.errors import ConfigError
+
+Encode = Callable[[str], list[int]]
+_KEYS = key_names()
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question about the context, its answer, and where the fact lies (0 start, 1 end)."""
+
+    question: str
+    answer: str
+    depth: float
+
+
+@dataclass
+class Sample:
+    """context: (text, predictable) pieces; predictable pieces count in a training loss."""
+
+    context: list[tuple[str, bool]]
+    queries: list[Query] = field(default_factory=list)
+
+    def prompt(self, query: Query) -> str:
+        return "".join(text for text, _ in self.context) + query.question
+
+
+class Filler:
+    """Lines of real text that hide the facts.
+
+    lines: non-empty lines without newline; `encode` gives their token counts.
+    """
+
+    def __init__(self, texts: Sequence[str], encode: Encode) -> None:
+        lines = [line.rstrip() for text in texts for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ConfigError("filler text for generated tasks is empty; give some text")
+        self.lines = lines
+        self.encode = encode
+        self._costs: list[int | None] = [None] * len(lines)
+
+    def take(self, rng: Random, budget: int) -> list[str]:
+        """Consecutive lines from a random place, about `budget` tokens, each ending in a newline."""
+        at, used, taken = rng.randrange(len(self.lines)), 0, []
+        while True:
+            at = (at + 1) % len(self.lines)
+            cost = self._cost(at)
+            if used + cost > budget:
+                return taken
+            taken.append(self.lines[at] + "\n")
+            used += cost
+
+    def _cost(self, at: int) -> int:
+        cost = self._costs[at]
+        if cost is None:
+            cost = self._costs[at] = len(self.encode(self.lines[at] + "\n"))
+        return cost
+
+
+def number(rng: Random) -> str:
+    """A six-digit value, two tokens of three digits."""
+    return f"{rng.randrange(100, 1000)}{rng.randrange(0, 1000):03d}"
+
+
+def _hide(
+    lines: list[str], facts: list[str], rng: Random
+) -> tuple[list[tuple[str, bool]], list[float]]:
+    """Insert facts at random places, in order; returns the pieces and each fact's depth."""
+    places = sorted(rng.randrange(len(lines) + 1) for _ in facts)
+    pieces: list[tuple[str, bool]] = []
+    depths = []
+    previous = 0
+    for place, fact in zip(places, facts, strict=True):
+        pieces += [(line, True) for line in lines[previous:place]]
+        depths.append(place / max(1, len(lines)))
+        pieces.append((fact, False))
+        previous = place
+    pieces += [(line, True) for line in lines[previous:]]
+    return pieces, depths
+
+
+def needles(rng: Random, filler: Filler, length: int, count: int) -> Sample:
+    """`count` sentences with a code each, hidden in real text; each query asks for one code."""
+    keys = rng.sample(_KEYS, count)
+    values = [number(rng) for _ in keys]
+    facts = [f"The code of {k} is {v}.\n" for k, v in zip(keys, values, strict=True)]
+    fact_cost = sum(len(filler.encode(fact)) for fact in facts)
+    pieces, depths = _hide(filler.take(rng, max(0, length - fact_cost - 16)), facts, rng)
+    queries = [
+        Query(f"The code of {k} is", f" {v}.", d)
+        for k, v, d in zip(keys, values, depths, strict=True)
+    ]
+    rng.shuffle(queries)
+    return Sample(pieces, queries)
+
+
+def needle(rng: Random, filler: Filler, length: int) -> Sample:
+    return needles(rng, filler, length, 1)
+
+
+def multi_needle(rng: Random, filler: Filler, length: int) -> Sample:
+    return needles(rng, filler, length, max(2, min(8, length // 64)))
+
+
+def _fill(rng: Random, filler: Filler, length: int, line: Callable[[str], str]) -> list[str]:
+    """As many distinct keys as fit into `length` tokens, by the cost of their lines."""
+    keys, used = [], 16
+    for key in rng.sample(_KEYS, min(len(_KEYS), length)):
+        used += len(filler.encode(line(key)))
+        if used > length and keys:
+            break
+        keys.append(key)
+    return keys
+
+
+def key_value(rng: Random, filler: Filler, length: int) -> Sample:
+    """A context made only of `key: value` lines; each query asks for one value."""
+    keys = _fill(rng, filler, length, lambda key: f"{key}: 123456\n")
+    values = [number(rng) for _ in keys]
+    pieces = [(f"{k}: {v}\n", False) for k, v in zip(keys, values, strict=True)]
+    queries = [
+        Query(f"{k}:", f" {v}", i / max(1, len(keys) - 1))
+        for i, (k, v) in enumerate(zip(keys, values, strict=True))
+    ]
+    rng.shuffle(queries)
+    return Sample(pieces, queries)
+
+
+def mqar(rng: Random, filler: Filler, length: int) -> Sample:
+    """Multi-query associative recall: pairs of words, every key asked again."""
+    keys = _fill(rng, filler, length, lambda key: f"{key} = wolf\n")
+    values = [rng.choice(NOUNS) for _ in keys]
+    pieces = [(f"{k} = {v}\n", False) for k, v in zip(keys, values, strict=True)]
+    queries = [
+        Query(f"{k} =", f" {v}", i / max(1, len(keys) - 1))
+        for i, (k, v) in enumerate(zip(keys, values, strict=True))
+    ]
+    rng.shuffle(queries)
+    return Sample(pieces, queries)
+
+
+def variables(rng: Random, filler: Filler, length: int, hops: int | None = None) -> Sample:
+    """Variable tracking: chains `a = 123456`, `b = a`, ... hidden in real text; a query asks for the
+    value of a variable, after 0 to 3 assignments. depth is the place of the last assignment."""
+    chains = max(1, min(5, length // 200))
+    names = rng.sample(NOUNS, chains * 4)
+    facts_by_chain: list[list[tuple[str, str, str]]] = []
+    for c in range(chains):
+        value, length_of_chain = number(rng), (rng.randrange(4) if hops is None else hops)
+        chain = names[4 * c : 4 * c + 1 + length_of_chain]
+        sources = [value, *chain[:-1]]
+        facts_by_chain.append(
+            [(n, f"let {n} = {s}\n", value) for n, s in zip(chain, sources, strict=True)]
+        )
+    ordered: list[tuple[str, str, str]] = []
+    while any(facts_by_chain):
+        ordered.append(rng.choice([chain for chain in facts_by_chain if chain]).pop(0))
+    cost = sum(len(filler.encode(text)) for _, text, _ in ordered)
+    lines = filler.take(rng, max(0, length - cost - 16))
+    pieces, depths = _hide(lines, [text for _, text, _ in ordered], rng)
+    by_name = {name: (value, d) for (name, _, value), d in zip(ordered, depths, strict=True)}
+    if hops is not None:
+        by_name = {n: by_name[n] for c in range(chains) for n in [names[4 * c + hops]]}
+    queries = [Query(f"value of {n} =", f" {v}", d) for n, (v, d) in by_name.items()]
+    rng.shuffle(queries)
+    return Sample(pieces, queries)
+
+
+TASKS: dict[str, Callable[[Random, Filler, int], Sample]] = {
+    "needle": needle,
+    "multi_needle": multi_needle,
+    "key_value": key_value,
+    "variables": variables,
+    "mqar": mqar,
+}
+
+
+def make_sample(task: str, rng: Random, filler: Filler, length: int) -> Sample:
+    """A sample of `task` whose context has about `length` tokens (never more)."""
+    if task not in TASKS:
+        raise ConfigError(f"unknown task {task!r}; choose one of: {', '.join(TASKS)}")
+    return TASKS[task](rng, filler, length)
+
+
+def training_document(
+    task: str, rng: Random, filler: Filler, length: int, answer_weight: float = 1.0
+) -> tuple[list[int], list[float]]:
+    """Tokens and loss weights of one training document of at most `length` tokens.
+
+    The context takes half to nearly all of it, queries the rest. Predictable text weighs 1, facts
+    and questions (random words and digits) 0, answers `answer_weight`.
+    """
+    share = rng.uniform(0.5, 0.9) if task in ("key_value", "mqar") else 0.85
+    sample = make_sample(task, rng, filler, max(16, int(length * share)))
+    tokens: list[int] = []
+    weights: list[float] = []
+
+    def append(text: str, weight: float) -> None:
+        ids = filler.encode(text)
+        tokens.extend(ids)
+        weights.extend([weight] * len(ids))
+
+    for text, predictable in sample.context:
+        append(text, 1.0 if predictable else 0.0)
+    for query in sample.queries:
+        append(query.question, 0.0)
+        append(query.answer, answer_weight)
+        append("\n", 0.0)
+        if len(tokens) >= length:
+            break
+    return tokens[:length], weights[:length]
