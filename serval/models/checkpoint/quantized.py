@@ -1,0 +1,45 @@
+"""The hooks by which quantised modules enter checkpoints without being named here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from serval.models.decoder import Decoder
+
+
+@runtime_checkable
+class CheckpointModule(Protocol):
+    """A module that is stored as other tensors than its parameters (quantised weights).
+
+    Names are relative to the module, for example "weight" and "weight_scale"; experts may use
+    "3.gate_proj.weight". The family adds the module's own name in the checkpoint.
+    """
+
+    def checkpoint_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every stored tensor; must work on the meta device."""
+        ...
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """The tensors to store, of the shapes and dtypes of `checkpoint_spec`."""
+        ...
+
+    def load_checkpoint_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Take over CPU tensors of the spec just read from a file, moving or packing them."""
+        ...
+
+
+class Quantizer(Protocol):
+    """Registered in `QUANTIZERS` under a `quant_method`; made without arguments."""
+
+    def prepare(
+        self, decoder: Decoder, quantization: dict[str, Any], rename: Callable[[str], str]
+    ) -> None:
+        """Replace modules of `decoder`, which has no storage yet (meta device), by
+        `CheckpointModule`s as config.json's `quantization_config` says. `rename` gives a module's
+        name in the checkpoint, which is what the "ignore" and "targets" lists use. Raises
+        ConfigError naming a key it cannot honour."""
+        ...

@@ -1,0 +1,218 @@
+"""Loading: a decoder without storage is built from the config, then filled tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serval.errors import CheckpointError, ConfigError
+from serval.models.checkpoint.family import Family, Piece
+from serval.models.checkpoint.files import list_tensors, locate, read_json
+from serval.models.checkpoint.hub_config import HubConfig
+from serval.models.checkpoint.quantized import CheckpointModule
+from serval.models.checkpoint.registry import QUANTIZERS, family_of_hub_config
+from serval.models.checkpoint.safetensors_file import StoredTensor, read_into
+from serval.models.config import ModelConfig
+from serval.models.decoder import Decoder
+
+
+def load(
+    path_or_name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    check_finite: bool = True,
+) -> Decoder:
+    """Load a checkpoint directory or Hugging Face name as a `Decoder` in eval mode.
+
+    dtype: of the parameters; None means float32 on the CPU and bfloat16 elsewhere. Buffers of the
+    router stay float32. Each tensor is read straight into its parameter, so the peak is the
+    resident size plus one block. Raises ConfigError naming a key that is wrong or unsupported,
+    CheckpointError naming a tensor that is missing, unexpected, misshapen, of an unusable dtype or
+    (`check_finite`) holds NaN or infinity.
+    """
+    directory = locate(path_or_name)
+    target = torch.device(device if device is not None else "cpu")
+    if dtype is None:
+        dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+    values = read_json(directory / "config.json")
+    family, config = _read_config(directory, values)
+    stored = list_tensors(directory)
+    config = family.fit(config, stored)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    if values.get("quantization_config"):
+        _prepare_quantized(decoder, family, values["quantization_config"])
+    _Filler(decoder, family, stored, dtype, target, check_finite).fill()
+    return decoder.eval()
+
+
+def read_config(path_or_name: str | Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint, without its weights."""
+    directory = locate(path_or_name)
+    return _read_config(directory, read_json(directory / "config.json"))[1]
+
+
+def _read_config(directory: Path, values: dict[str, Any]) -> tuple[Family, ModelConfig]:
+    family = family_of_hub_config(values)
+    config = family.read_config(HubConfig(values))
+    generation = directory / "generation_config.json"
+    if generation.exists():  # chat models often stop on more tokens than config.json says
+        eos = HubConfig(read_json(generation)).token_ids("eos_token_id")
+        if eos is not None:
+            config = dataclasses.replace(config, eos_token_id=eos)
+    return family, config
+
+
+def _prepare_quantized(decoder: Decoder, family: Family, quantization: Any) -> None:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in QUANTIZERS:
+        raise ConfigError(
+            f"config.json: quantization_config.quant_method is {method!r}; Serval reads "
+            f"{', '.join(QUANTIZERS)}, or unquantised weights (dequantise the checkpoint first)"
+        )
+    quantizer = QUANTIZERS[method].load()()
+    quantizer.prepare(decoder, quantization, lambda name: family.rename(name, decoder.config))
+    decoder.quantization_config = quantization
+
+
+class _Filler:
+    """Fills a decoder on the meta device from the stored tensors."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        family: Family,
+        stored: dict[str, StoredTensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        check_finite: bool,
+    ) -> None:
+        self.decoder, self.family, self.stored = decoder, family, stored
+        self.config = decoder.config
+        self.dtype, self.device, self.check_finite = dtype, device, check_finite
+        self.descriptors: dict[Path, int] = {}
+
+    def fill(self) -> None:
+        quantized = {
+            name: module
+            for name, module in self.decoder.named_modules()
+            if isinstance(module, CheckpointModule)
+        }
+        plain = [
+            (name, owner, leaf)
+            for name, owner, leaf in _tensors_of(self.decoder)
+            if not any(name.startswith(prefix + ".") for prefix in quantized)
+        ]
+        expected = self._check_names(plain, quantized)
+        with ExitStack() as stack:
+            for path in sorted({self.stored[name].path for name in expected}):
+                descriptor = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                self.descriptors[path] = descriptor
+            for name, owner, leaf in plain:
+                self._fill_tensor(name, owner, leaf)
+            for name, module in quantized.items():
+                self._fill_module(name, module)
+
+    def _check_names(
+        self, plain: list[tuple[str, nn.Module, str]], quantized: dict[str, CheckpointModule]
+    ) -> set[str]:
+        """Compare names and shapes with the files before anything is allocated."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, owner, leaf in plain:
+            for piece in self.family.pieces(name, getattr(owner, leaf), self.config):
+                shapes[piece.name] = piece.shape
+        for name, module in quantized.items():
+            prefix = self.family.rename(name, self.config)
+            for leaf, (shape, _) in module.checkpoint_spec().items():
+                shapes[f"{prefix}.{leaf}"] = tuple(shape)
+        missing = [name for name in shapes if name not in self.stored]
+        if missing:
+            raise CheckpointError(_several("is missing from", missing, self._where()))
+        for name, shape in shapes.items():
+            found = self.stored[name]
+            if found.shape != shape:
+                raise CheckpointError(
+                    f"tensor {name!r} in {found.path} has shape {list(found.shape)}; config.json "
+                    f"implies {list(shape)}"
+                )
+        copies = self.family.copies(self.config)
+        unexpected = [
+            name
+            for name in self.stored
+            if name not in shapes
+            and name not in copies
+            and not self.family.ignores(name, self.config)
+        ]
+        if unexpected:
+            what = f"has no place in a {self.family.model_type} model of this config.json:"
+            raise CheckpointError(_several(what, unexpected, self._where()))
+        return set(shapes)
+
+    def _where(self) -> str:
+        paths = {stored.path for stored in self.stored.values()}
+        return str(next(iter(paths)) if len(paths) == 1 else next(iter(paths)).parent)
+
+    def _fill_tensor(self, name: str, owner: nn.Module, leaf: str) -> None:
+        old = getattr(owner, leaf)
+        is_parameter = isinstance(old, nn.Parameter)
+        dtype = self.dtype if is_parameter and old.is_floating_point() else old.dtype
+        new = torch.empty(old.shape, dtype=dtype, device=self.device)
+        for piece in self.family.pieces(name, new, self.config):
+            self._read(piece)
+        if is_parameter:
+            setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        else:
+            owner.register_buffer(
+                leaf, new, persistent=leaf not in owner._non_persistent_buffers_set
+            )
+
+    def _fill_module(self, name: str, module: CheckpointModule) -> None:
+        prefix = self.family.rename(name, self.config)
+        tensors: dict[str, Tensor] = {}
+        for leaf, (shape, dtype) in module.checkpoint_spec().items():
+            tensors[leaf] = torch.empty(tuple(shape), dtype=dtype)
+            self._read(Piece.of(f"{prefix}.{leaf}", tensors[leaf]))
+        module.load_checkpoint_tensors(tensors, self.device)
+
+    def _read(self, piece: Piece) -> None:
+        stored = self.stored[piece.name]
+        if stored.dtype.is_floating_point != piece.view.dtype.is_floating_point or (
+            stored.dtype.itemsize == 1 and stored.dtype != piece.view.dtype
+        ):
+            raise CheckpointError(
+                f"tensor {piece.name!r} in {stored.path} has dtype {stored.dtype}; expected one "
+                f"that converts to {piece.view.dtype}: dequantise or convert the checkpoint"
+            )
+        read_into(
+            stored,
+            piece.view,
+            descriptor=self.descriptors[stored.path],
+            check=self.check_finite,
+        )
+
+
+def _tensors_of(decoder: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every parameter and persistent buffer: full name, owning module, attribute name."""
+    for prefix, module in decoder.named_modules():
+        leaves = [n for n, p in module.named_parameters(recurse=False) if p is not None]
+        leaves += [
+            n
+            for n, b in module.named_buffers(recurse=False)
+            if b is not None and n not in module._non_persistent_buffers_set
+        ]
+        for leaf in leaves:
+            yield (f"{prefix}.{leaf}" if prefix else leaf), module, leaf
+
+
+def _several(what: str, names: list[str], where: str) -> str:
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"tensor {names[0]!r}{more} {what} {where}"
