@@ -7,7 +7,7 @@ head, and the three want different treatment. The role is decided here from modu
 - otherwise the type of the module decides (``nn.Linear`` -> hidden matrix, ``nn.Embedding`` ->
   embedding, a norm -> norm) and the names that Hugging Face checkpoints fixed (``lm_head``,
   ``mlp.gate``, ``mlp.experts``);
-- a bare parameter of one dimension is a bias; any other unknown parameter is an error, never a guess.
+- a bare parameter of one dimension is a bias; any other is an error, never a guess.
 
 A parameter shared by two modules (tied embeddings) has the role of the first owner, which is the
 embedding.

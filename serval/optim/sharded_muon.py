@@ -36,7 +36,7 @@ class ShardedMuon(torch.optim.Muon):
 
     def _step_sharded(self, parameter: DTensor, group: dict[str, Any]) -> None:
         grad = parameter.grad
-        assert grad is not None
+        assert isinstance(grad, DTensor)
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)

@@ -4,7 +4,7 @@ Layout of a run's directory::
 
     checkpoints/step-00000200/state.safetensors   model, optimizer and RNG tensors (one process)
     checkpoints/step-00000200/*.safetensors       the same, sharded (several processes, DCP)
-    checkpoints/step-00000200/state.json          step, data position, schedule, RNG of Python, recipe
+    checkpoints/step-00000200/state.json          step, data position, RNG of Python, recipe
 
 A checkpoint is written under a hidden temporary name, flushed to disk and renamed; a directory
 with its final name is complete. What a crash leaves behind has the temporary name and is removed by
@@ -153,8 +153,8 @@ def load_checkpoint(saved: Saved, tensors: dict[str, Tensor], world: World | Non
         )
     if extra := sorted(names - tensors.keys()):
         raise CheckpointError(
-            f"{saved.path} has '{extra[0]}' ({len(extra)} left over), which this model or optimizer "
-            "does not have: use the recipe it was written with, or another 'output'"
+            f"{saved.path} has '{extra[0]}' ({len(extra)} left over), unknown to this model or "
+            "optimizer: use the recipe it was written with, or another 'output'"
         )
     read_sharded(tensors, saved.path, alone=world is None or world.size == 1)
 

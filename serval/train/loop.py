@@ -39,8 +39,8 @@ class Settings:
     """
 
     steps: int
-    batch_tokens: int
-    micro_batch_tokens: int
+    batch_rows: int
+    micro_batch_rows: int = 1
     clip_norm: float = 1.0
     z_loss: float = 0.0
     mtp_weight: float = 0.3
@@ -51,19 +51,18 @@ class Settings:
     directory: Path | None = None
     fingerprint: dict[str, Any] | None = None
 
-    def rows_per_step(self, world: World) -> int:
-        """Packed rows of one step, over all ranks; raises ConfigError when they do not divide."""
-        rows, rest = divmod(self.batch_tokens, self.micro_batch_tokens)
-        if rest or rows % world.size:
+    def check(self, world: World) -> None:
+        """Raise ConfigError when a step's rows cannot be shared out evenly."""
+        share = self.micro_batch_rows * world.size
+        if self.batch_rows % share:
             raise ConfigError(
-                f"train.batch_tokens {self.batch_tokens} must be a multiple of "
-                f"train.micro_batch_tokens {self.micro_batch_tokens} times {world.size} process(es)"
+                f"train.batch_rows is {self.batch_rows}; expected a multiple of "
+                f"train.micro_batch_rows {self.micro_batch_rows} times {world.size} process(es)"
             )
-        return rows
 
 
 def best_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve 'auto': bfloat16 where its products are fast (GPU, AMX, AVX512-BF16), else float32."""
+    """Resolve 'auto': bfloat16 on GPUs and CPUs with AMX or AVX512-BF16, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
@@ -94,7 +93,7 @@ class Trainer:
     ) -> None:
         self.world = world or World()
         self.settings = settings
-        self.rows_per_step = settings.rows_per_step(self.world)
+        settings.check(self.world)
         self.flops = ModelFlops.of(decoder)
         self.decoder = decoder.to(self.world.device)
         self.loss = LanguageModelLoss(decoder, settings.z_loss, settings.mtp_weight)
@@ -131,7 +130,7 @@ class Trainer:
     def _one_step(self, peak: float) -> None:
         start = time.perf_counter()
         self.loss.train()
-        rows = [next_token_targets(self.stream.next()) for _ in range(self.rows_per_step)]
+        rows = [next_token_targets(self.stream.next()) for _ in range(self.settings.batch_rows)]
         multiplier = self.schedule.multiplier(self.step)
         self.optimizer.set_multiplier(multiplier)
         nll = self.accumulate(rows)
@@ -166,7 +165,9 @@ class Trainer:
         The rows are those of all ranks; each rank computes its share.
         """
         total = float(sum(row.weights.sum(dtype=torch.float64) for row in rows))
-        own = rows[self.world.rank :: self.world.size]
+        own = Targets.grouped(
+            rows[self.world.rank :: self.world.size], self.settings.micro_batch_rows
+        )
         # Sharded gradients are averaged over the ranks, but each row is already divided by the
         # weight of the whole step: the sum is wanted.
         scale = self.world.size / max(total, 1e-9)

@@ -6,16 +6,20 @@ was expected and, for an unknown key, the nearest valid one.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from serval.data.options import DataOptions
 from serval.errors import ConfigError
+from serval.models.config import ModelConfig
 from serval.optim import OptimizerOptions, Role, RoleOptions
 
 S = TypeVar("S", bound=BaseModel)
@@ -73,14 +77,15 @@ class ScheduleSection(Section):
 class TrainSection(Section):
     """The loop.
 
-    steps: optimizer steps. batch_tokens: tokens of one step; micro_batch_tokens: tokens of one
-    forward pass (one packed row); the first must be a multiple of the second. dtype: auto, float32
-    or bfloat16 (autocast; weights stay float32). clip_norm: 0 switches clipping off.
+    steps: optimizer steps. batch_rows: packed rows (of data.row_tokens) in one step, over all
+    processes; micro_batch_rows: rows in one forward pass. dtype: auto, float32 or bfloat16
+    (autocast; weights stay float32). clip_norm: 0 switches clipping off. z_loss: coefficient of
+    PaLM's z-loss. mtp_weight: of the multi-token-prediction loss.
     """
 
     steps: Positive
-    batch_tokens: Positive
-    micro_batch_tokens: Positive
+    batch_rows: Positive = 8
+    micro_batch_rows: Positive = 1
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     mtp_weight: Annotated[float, Field(ge=0)] = 0.3
@@ -91,10 +96,9 @@ class TrainSection(Section):
 
 
 class ValidationSection(Section):
-    """every: steps between validations (0: only at the end). batches: packed rows of each."""
+    """every: steps between validations on data.validation_rows rows (0: only at the end)."""
 
     every: NonNegative = 0
-    batches: Positive = 8
 
 
 class CheckpointSection(Section):
@@ -105,13 +109,16 @@ class CheckpointSection(Section):
 
 
 class Recipe(Section):
-    """One training run. `model` and `data` are checked by the rooms that own them."""
+    """One training run.
+
+    output: directory of the run. model: fields of `ModelConfig` (vocab_size comes from the
+    tokenizer), or `path` of a checkpoint to continue from. data: see `serval.data.options`.
+    """
 
     output: str
     seed: NonNegative = 0
     model: dict[str, Any]
-    data: dict[str, Any]
-    tokenizer: dict[str, Any] = {}
+    data: DataOptions
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
@@ -123,9 +130,22 @@ class Recipe(Section):
     def directory(self) -> Path:
         return Path(self.output)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What must not change when a run is resumed. Steps and schedule may: extending a run with
+        a stable phase is what warm-up-stable-decay is for."""
+        loose = {"output", "tensorboard", "validation", "checkpoint", "schedule"}
+        values = self.model_dump(mode="json", exclude=loose)
+        for key in ("steps", "log_every", "device"):
+            values["train"].pop(key)
+        values["data"].pop("cache")
+        return values
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe; raises ConfigError naming the file and every wrong key."""
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; raises ConfigError naming the file and every wrong key.
+
+    overrides: "section.key=value" strings laid over the file, values written as in YAML.
+    """
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -138,7 +158,46 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(f"recipe {path}: expected a mapping of sections, the file is {kind}")
-    return check_section(Recipe, values, f"recipe {path}")
+    for override in overrides:
+        _override(values, override)
+    recipe = check_section(Recipe, values, f"recipe {path}")
+    if "path" not in recipe.model:
+        check_model({"vocab_size": 1, **recipe.model}, f"recipe {path}")
+    return recipe
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: '{section}' is not a section")
+    values[last] = yaml.safe_load(text)
+
+
+def check_model(values: dict[str, Any], where: str) -> ModelConfig:
+    """Build a ModelConfig from plain values; raises ConfigError naming every wrong key."""
+    try:
+        config = TypeAdapter(ModelConfig).validate_python(values)
+    except ValidationError as error:
+        lines = [_describe(ModelConfig, dict(p), "model.") for p in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+    _check_known(ModelConfig, values, "model", where)
+    return config
+
+
+def _check_known(kind: Any, values: dict[str, Any], prefix: str, where: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{where}: {_unknown_key(f'{prefix}.{key}', key, list(fields))}")
+        inner = _section_in(hints[key])
+        if isinstance(value, dict) and dataclasses.is_dataclass(inner):
+            _check_known(inner, value, f"{prefix}.{key}", where)
 
 
 def check_section(kind: type[S], values: dict[str, Any], where: str) -> S:
@@ -167,14 +226,17 @@ _EXPECTED = {
 }
 
 
-def _describe(kind: type[BaseModel], problem: dict[str, Any]) -> str:
+def _unknown_key(key: str, last: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(last, valid, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
+    return f"unknown key '{key}' ({hint})"
+
+
+def _describe(kind: Any, problem: dict[str, Any], prefix: str = "") -> str:
     location = [str(part) for part in problem["loc"] if part != "[key]"]
-    key, given, sort = ".".join(location), problem["input"], problem["type"]
+    key, given, sort = prefix + ".".join(location), problem["input"], problem["type"]
     if sort == "extra_forbidden":
-        valid = _keys_at(kind, location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
-        return f"unknown key '{key}'; {hint}"
+        return _unknown_key(key, location[-1], _keys_at(kind, location[:-1]))
     if sort == "missing":
         return f"missing key '{key}'"
     if sort in _EXPECTED:
@@ -198,6 +260,8 @@ def _section_in(annotation: Any) -> Any:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, dict, list, tuple):
         for argument in typing.get_args(annotation):
             found = _section_in(argument)
-            if isinstance(found, type) and issubclass(found, BaseModel):
+            if isinstance(found, type) and (
+                issubclass(found, BaseModel) or dataclasses.is_dataclass(found)
+            ):
                 return found
     return annotation

@@ -20,7 +20,7 @@ class TokenStream(Protocol):
     """
 
     def next(self) -> Row:
-        """Return (tokens int64 [T], document lengths summing to T, loss weights float32 [T] | None).
+        """Return (tokens int64 [T], document lengths that sum to T, weights float32 [T] | None).
 
         The weight of a token is its weight as something to be predicted; None means all ones.
         """
@@ -51,6 +51,21 @@ class Targets:
     def to(self, device: torch.device) -> Targets:
         move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
         return Targets(move(self.tokens), self.lengths, move(self.targets), move(self.weights))
+
+    @staticmethod
+    def grouped(rows: Sequence[Targets], size: int) -> list[Targets]:
+        """Lay every `size` rows end to end; the number of rows must be a multiple of `size`."""
+        if size == 1:
+            return list(rows)
+        return [
+            Targets(
+                torch.cat([row.tokens for row in group]),
+                [length for row in group for length in row.lengths],
+                torch.cat([row.targets for row in group]),
+                torch.cat([row.weights for row in group]),
+            )
+            for group in (rows[at : at + size] for at in range(0, len(rows), size))
+        ]
 
     def ahead(self, offset: int) -> Targets:
         """Targets `offset` tokens further ahead (multi-token prediction), inside each document."""

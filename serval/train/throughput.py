@@ -40,7 +40,7 @@ class ModelFlops:
         return cls(per_token=6.0 * active, per_pair=6.0 * pairs)
 
     def of_documents(self, lengths: Sequence[int]) -> float:
-        """FLOPs of training on documents of `lengths` tokens (causal attention: half the square)."""
+        """FLOPs of training on documents of `lengths` tokens (causal: half of all pairs)."""
         return sum(n * self.per_token + self.per_pair * n * (n + 1) / 2 for n in lengths)
 
 

@@ -65,8 +65,7 @@ def toy_trainer(
     settings = Settings(
         **{
             "steps": steps,
-            "batch_tokens": 128,
-            "micro_batch_tokens": 32,
+            "batch_rows": 4,
             "directory": directory,
             "checkpoint_every": 3,
             **changes,
