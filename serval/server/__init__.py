@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP server, its metrics and its chat page."""
