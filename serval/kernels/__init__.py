@@ -7,7 +7,7 @@ from torch import Tensor
 
 from serval.kernels.attention.reference import paged_attention, paged_attention_int8
 from serval.kernels.cache_write.reference import write_cache, write_cache_int8
-from serval.kernels.gated.reference import swiglu
+from serval.kernels.gated import swiglu
 from serval.kernels.grouped_linear import grouped_linear
 from serval.kernels.int8_linear import (
     PackedInt8,
@@ -17,8 +17,8 @@ from serval.kernels.int8_linear import (
     unpack_int8_weight,
 )
 from serval.kernels.latent_attention.reference import paged_latent_attention
-from serval.kernels.norm.reference import add_rms_norm, rms_norm
-from serval.kernels.rope.reference import rotary
+from serval.kernels.norm import add_rms_norm, rms_norm
+from serval.kernels.rope import rotary
 
 __all__ = [
     "PackedInt8",
