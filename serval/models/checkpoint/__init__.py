@@ -17,9 +17,9 @@ Quantised modules take part without being named here (`quantized.py`):
 - Whoever swaps such modules into a decoder sets `decoder.quantization_config`, a dict with
   `quant_method`, which `save` writes to config.json. Module names in it ("ignore" lists) are those
   of the checkpoint: `module_name(config, "layers.0.mlp.gate")`.
-- On load, `QUANTIZERS[quant_method]` is made and its `prepare(decoder, quantization_config, rename)`
-  swaps the modules of the still empty decoder (meta device); then each module's spec is read and
-  handed to `load_checkpoint_tensors(tensors, device)`, which may move or pack them.
+- On load, `QUANTIZERS[quant_method]` is made and its `prepare(decoder, quantization_config,
+  rename)` swaps the modules of the still empty decoder (meta device); then each module's spec is
+  read and handed to `load_checkpoint_tensors(tensors, device)`, which may move or pack them.
 """
 
 from __future__ import annotations

@@ -88,6 +88,10 @@ class Family(ABC):
         """Stored tensors that repeat another one: checkpoint name -> decoder parameter."""
         return {}
 
+    def fillers(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Tensors of zeros that readers of the format insist on: checkpoint name -> shape."""
+        return {}
+
 
 def explain_loss(family: Family, config: ModelConfig) -> str | None:
     """What `family` cannot say of `config`, found by translating there and back; None: nothing."""

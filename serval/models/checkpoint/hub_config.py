@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from serval.errors import ConfigError
 from serval.models.config import ModelConfig, RopeConfig
@@ -123,7 +123,9 @@ def read_rope(hub: HubConfig, theta: float) -> RopeConfig:
     if params.number(f"{key}.partial_rotary_factor", 1.0) != 1.0:
         params.must_be(f"{key}.partial_rotary_factor", 1.0)
     hub.must_be("partial_rotary_factor", 1.0)
-    rope = RopeConfig(kind=kind, theta=params.number(f"{key}.rope_theta", _theta(hub, theta)))
+    rope = RopeConfig(
+        kind=cast(Any, kind), theta=params.number(f"{key}.rope_theta", _theta(hub, theta))
+    )
     if kind == "default":
         return rope
     positions = hub.integer("max_position_embeddings")

@@ -11,6 +11,17 @@ _HERE = "serval.models.checkpoint"
 
 FAMILIES: dict[str, Entry] = {
     "llama": Entry(f"{_HERE}.llama:Llama", "Llama 3 and its relatives", "2407.21783"),
+    "qwen2": Entry(f"{_HERE}.qwen:Qwen2", "Qwen2 and Qwen2.5", "2407.10671"),
+    "qwen3": Entry(f"{_HERE}.qwen:Qwen3", "Qwen3, dense", "2505.09388"),
+    "qwen3_moe": Entry(f"{_HERE}.qwen:Qwen3MoE", "Qwen3, mixture of experts", "2505.09388"),
+    "gpt_oss": Entry(f"{_HERE}.gpt_oss:GptOss", "gpt-oss, bf16 weights", "2508.10925"),
+    "deepseek_v3": Entry(
+        f"{_HERE}.deepseek:DeepSeekV3", "DeepSeek-V3 and R1, with MTP", "2412.19437"
+    ),
+    "glm4_moe_lite": Entry(f"{_HERE}.deepseek:Glm4MoeLite", "GLM-4.7-Flash", "2508.06471"),
+    "longcat_flash": Entry(
+        f"{_HERE}.longcat:LongcatFlash", "LongCat-Flash, with MTP", "2509.01322"
+    ),
 }
 
 # Quantised weights: `quant_method` of config.json's quantization_config -> see package docstring.

@@ -149,7 +149,7 @@ def _bad(path: Path, what: str) -> CheckpointError:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.detach().flatten().view(torch.uint8).numpy())
+    return memoryview(tensor.detach().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_into(stored: StoredTensor, target: Tensor, *, descriptor: int, check: bool = True) -> None:

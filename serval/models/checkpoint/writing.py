@@ -94,9 +94,9 @@ def _tensors_to_write(
                 yield TensorToWrite(f"{base}.{leaf}", kind, tuple(shape), _later(module, leaf))
             return
         for leaf, parameter in module.named_parameters(recurse=False):
-            kind = dtype if dtype is not None and parameter.is_floating_point() else None
+            kind = dtype if dtype and parameter.is_floating_point() else parameter.dtype
             for piece in family.pieces(_join(prefix, leaf), parameter.detach(), config):
-                yield _write_piece(piece, kind or parameter.dtype)
+                yield _write_piece(piece, kind)
         for leaf, buffer in module.named_buffers(recurse=False):
             if leaf not in module._non_persistent_buffers_set:
                 for piece in family.pieces(_join(prefix, leaf), buffer.detach(), config):
@@ -110,10 +110,17 @@ def _tensors_to_write(
     for name, source in family.copies(config).items():
         original = written[family.rename(source, config)]
         yield TensorToWrite(name, original.dtype, original.shape, original.make)
+    filler = dtype or decoder.embed_tokens.weight.dtype
+    for name, shape in family.fillers(config).items():
+        yield TensorToWrite(name, filler, shape, _zeros(shape, filler))
 
 
 def _later(module: CheckpointModule, leaf: str) -> Callable[[], Tensor]:
     return lambda: module.checkpoint_tensors()[leaf]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: torch.zeros(shape, dtype=dtype)
 
 
 def _join(prefix: str, leaf: str) -> str:
