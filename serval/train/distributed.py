@@ -50,7 +50,9 @@ class World:
         return cls(dist.get_rank(), dist.get_world_size(), place)
 
     def leave(self) -> None:
+        """Leave together: a process that goes first can abort another's last collective."""
         if self.size > 1 and dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
     @property

@@ -145,8 +145,9 @@ class LanguageModelLoss(nn.Module):
             ahead = batch.ahead(depth)
             trunk = decoder.predict_ahead(depth, trunk, ahead.targets, packed)
             further = batch.ahead(depth + 1)
+            norm: nn.Module = module.norm  # type: ignore[assignment]
             extra, _ = chunked_cross_entropy(
-                module.norm(trunk), head.weight, further.targets, further.weights, self.z_loss
+                norm(trunk), head.weight, further.targets, further.weights, self.z_loss
             )
             loss = loss + extra * (self.mtp_weight / len(depths or ()))
         return loss, nll

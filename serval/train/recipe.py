@@ -180,13 +180,12 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def check_model(values: dict[str, Any], where: str) -> ModelConfig:
     """Build a ModelConfig from plain values; raises ConfigError naming every wrong key."""
+    _check_known(ModelConfig, values, "model", where)
     try:
-        config = TypeAdapter(ModelConfig).validate_python(values)
+        return TypeAdapter(ModelConfig).validate_python(values)
     except ValidationError as error:
         lines = [_describe(ModelConfig, dict(p), "model.") for p in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from error
-    _check_known(ModelConfig, values, "model", where)
-    return config
 
 
 def _check_known(kind: Any, values: dict[str, Any], prefix: str, where: str) -> None:

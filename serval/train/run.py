@@ -23,7 +23,7 @@ import yaml
 
 from serval.data import options as data_options
 from serval.data.options import Data
-from serval.data.tokenizer import IM_END, save_tokenizer
+from serval.data.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 from serval.errors import ConfigError, MissingExtraError
 from serval.models.config import ModelConfig
 from serval.models.decoder import Decoder
@@ -196,7 +196,7 @@ def model_config(recipe: Recipe, data: Data) -> ModelConfig:
     """The recipe's `model` section completed by what the tokenizer determines."""
     values: dict[str, Any] = {
         "vocab_size": data.tokenizer.get_vocab_size(),
-        "eos_token_id": data.tokenizer.token_to_id(IM_END),
+        "eos_token_id": [data.tokenizer.token_to_id(name) for name in (IM_END, END_OF_TEXT)],
         **recipe.model,
     }
     return check_model(values, "recipe")

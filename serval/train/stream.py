@@ -69,6 +69,8 @@ class Targets:
 
     def ahead(self, offset: int) -> Targets:
         """Targets `offset` tokens further ahead (multi-token prediction), inside each document."""
+        if offset == 0:
+            return self
         weights = _shift(self.weights, offset, 0.0)
         for end in _ends(self.lengths):
             weights[max(0, end - 1 - offset) : end] = 0.0
