@@ -127,9 +127,8 @@ def documents(kind: str, path: str | None = None, field: str = "text") -> Iterat
 def split_of(text: str, validation_fraction: float) -> str:
     """ "train" or "validation", decided by the document's own hash."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return (
-        "validation" if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else "train"
-    )
+    held_out = int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
+    return "validation" if held_out else "train"
 
 
 def _read(file: Path) -> str:

@@ -53,7 +53,7 @@ class Filler:
         self._costs: list[int | None] = [None] * len(lines)
 
     def take(self, rng: Random, budget: int) -> list[str]:
-        """Consecutive lines from a random place, about `budget` tokens, each ending in a newline."""
+        """Consecutive lines from a random place, about `budget` tokens, newlines kept."""
         at, used, taken = rng.randrange(len(self.lines)), 0, []
         while True:
             at = (at + 1) % len(self.lines)
@@ -115,46 +115,40 @@ def multi_needle(rng: Random, filler: Filler, length: int) -> Sample:
     return needles(rng, filler, length, max(2, min(8, length // 64)))
 
 
-def _fill(rng: Random, filler: Filler, length: int, line: Callable[[str], str]) -> list[str]:
-    """As many distinct keys as fit into `length` tokens, by the cost of their lines."""
-    keys, used = [], 16
+def _recall(
+    rng: Random, filler: Filler, length: int, sign: str, value: Callable[[Random], str]
+) -> Sample:
+    """As many `key sign value` lines as fit into `length` tokens, every key asked again."""
+    facts: list[tuple[str, str]] = []
+    used = 16
     for key in rng.sample(_KEYS, min(len(_KEYS), length)):
-        used += len(filler.encode(line(key)))
-        if used > length and keys:
+        fact = (f"{key}{sign}", f" {value(rng)}")
+        used += len(filler.encode("".join(fact) + "\n"))
+        if used > length and facts:
             break
-        keys.append(key)
-    return keys
+        facts.append(fact)
+    last = max(1, len(facts) - 1)
+    queries = [Query(question, answer, i / last) for i, (question, answer) in enumerate(facts)]
+    rng.shuffle(queries)
+    return Sample([(f"{question}{answer}\n", False) for question, answer in facts], queries)
 
 
 def key_value(rng: Random, filler: Filler, length: int) -> Sample:
-    """A context made only of `key: value` lines; each query asks for one value."""
-    keys = _fill(rng, filler, length, lambda key: f"{key}: 123456\n")
-    values = [number(rng) for _ in keys]
-    pieces = [(f"{k}: {v}\n", False) for k, v in zip(keys, values, strict=True)]
-    queries = [
-        Query(f"{k}:", f" {v}", i / max(1, len(keys) - 1))
-        for i, (k, v) in enumerate(zip(keys, values, strict=True))
-    ]
-    rng.shuffle(queries)
-    return Sample(pieces, queries)
+    """A context made only of `key: value` lines with six-digit values."""
+    return _recall(rng, filler, length, ":", number)
 
 
 def mqar(rng: Random, filler: Filler, length: int) -> Sample:
-    """Multi-query associative recall: pairs of words, every key asked again."""
-    keys = _fill(rng, filler, length, lambda key: f"{key} = wolf\n")
-    values = [rng.choice(NOUNS) for _ in keys]
-    pieces = [(f"{k} = {v}\n", False) for k, v in zip(keys, values, strict=True)]
-    queries = [
-        Query(f"{k} =", f" {v}", i / max(1, len(keys) - 1))
-        for i, (k, v) in enumerate(zip(keys, values, strict=True))
-    ]
-    rng.shuffle(queries)
-    return Sample(pieces, queries)
+    """Multi-query associative recall: `key = word` lines."""
+    return _recall(rng, filler, length, " =", lambda r: r.choice(NOUNS))
 
 
 def variables(rng: Random, filler: Filler, length: int, hops: int | None = None) -> Sample:
-    """Variable tracking: chains `a = 123456`, `b = a`, ... hidden in real text; a query asks for the
-    value of a variable, after 0 to 3 assignments. depth is the place of the last assignment."""
+    """Variable tracking: chains `a = 123456`, `b = a`, ... hidden in real text.
+
+    A query asks for the value of a variable after `hops` assignments (None: 0 to 3); its depth is
+    the place of the last assignment.
+    """
     chains = max(1, min(5, length // 200))
     names = rng.sample(NOUNS, chains * 4)
     facts_by_chain: list[list[tuple[str, str, str]]] = []
