@@ -1,0 +1,20 @@
+"""Cache layouts: how one group of layers stores and reads its keys and values.
+
+`LAYOUTS` maps the name used on the command line (`--kv int8`) to the class.
+"""
+
+from __future__ import annotations
+
+from serval.registry import Entry
+
+LAYOUTS: dict[str, Entry] = {
+    "full": Entry(
+        "serval.cache.layouts.full:FullLayout",
+        "keys, values and latents as the model computes them",
+        "PagedAttention (arXiv 2309.06180)",
+    ),
+    "int8": Entry(
+        "serval.cache.layouts.int8:Int8Layout",
+        "int8 keys and values, one scale per token and head",
+    ),
+}

@@ -1,0 +1,156 @@
+"""The exact layout: keys and values in the model's dtype, MLA as latent plus rotary key.
+
+MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1) is read in one of two forms. Absorbed: W_UK folds
+into the query and W_UV into the output, so a (query, key) pair costs H (2C + R) products and the
+stored rows are read once for all heads. Materialised: expanding L stored rows costs L H (Dn + Dv) C
+products, after which a pair costs H (Dn + R + Dv). With n queries the second is cheaper when
+n (2C + R - Dn - R - Dv) > (Dn + Dv) C; each sequence of a step gets the form that suits it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serval import kernels
+from serval.cache.layouts.base import CacheView, Layout
+from serval.models.attention import AttentionSpec
+from serval.models.memory import materialise_latent
+
+
+class FullLayout(Layout):
+    """Keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]; for MLA one tensor [B, S, C + R]."""
+
+    name = "full"
+
+    @classmethod
+    def bytes_per_token(cls, spec: AttentionSpec, dtype: torch.dtype) -> int:
+        if spec.kind == "mla":
+            return (spec.kv_lora_rank + spec.qk_rope_head_dim) * dtype.itemsize
+        return spec.num_key_value_heads * (spec.head_dim + spec.v_head_dim) * dtype.itemsize
+
+    def allocate(self, spec: AttentionSpec) -> list[Tensor]:
+        if spec.kind == "mla":
+            return [self._zeros(self.block_size, spec.kv_lora_rank + spec.qk_rope_head_dim)]
+        heads = spec.num_key_value_heads
+        return [
+            self._zeros(heads, self.block_size, spec.head_dim),
+            self._zeros(heads, self.block_size, spec.v_head_dim),
+        ]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(self.num_blocks, *shape, dtype=self.dtype, device=self.device)
+
+    def write(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:
+        keys, values = self.storage[slot]
+        kernels.write_cache(k, v, view.slots, keys, values)
+
+    def attend(
+        self,
+        slot: int,
+        view: CacheView,
+        q: Tensor,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        keys, values = self.storage[slot]
+        return kernels.paged_attention(
+            q,
+            keys,
+            values,
+            view.block_tables,
+            view.context_lens,
+            view.query_starts,
+            scale,
+            window,
+            sinks,
+        )
+
+    def step_latent(
+        self,
+        slot: int,
+        view: CacheView,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        kv_b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        (rows,) = self.storage[slot]
+        flat = rows.view(-1, rows.shape[-1])
+        flat.index_copy_(0, view.slots, torch.cat([latent, k_rope], dim=-1))
+        threshold = self._materialise_from(q_nope.shape[-1], kv_b)
+        if max(view.queries) < threshold:
+            return self._absorbed(rows, view, q_nope, q_rope, kv_b, scale)
+        parts = []
+        start = 0
+        for n, count in enumerate(view.queries):
+            mine = slice(start, start + count)
+            if count >= threshold:
+                parts.append(
+                    self._materialised(rows, view, n, q_nope[mine], q_rope[mine], kv_b, scale)
+                )
+            else:
+                one = CacheView(
+                    slots=view.slots[mine],
+                    block_tables=view.block_tables[n : n + 1],
+                    context_lens=view.context_lens[n : n + 1],
+                    query_starts=torch.tensor([0, count], dtype=torch.int32, device=rows.device),
+                    lengths=view.lengths[n : n + 1],
+                    queries=view.queries[n : n + 1],
+                )
+                parts.append(self._absorbed(rows, one, q_nope[mine], q_rope[mine], kv_b, scale))
+            start += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def _materialise_from(nope: int, kv_b: Tensor) -> float:
+        """Queries per sequence from which expanding the latents is the cheaper form."""
+        _, width, rank = kv_b.shape
+        saved = 2 * rank - width
+        return width * rank / saved if saved > 0 else float("inf")
+
+    @staticmethod
+    def _absorbed(
+        rows: Tensor, view: CacheView, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, scale: float
+    ) -> Tensor:
+        w_k, w_v = kv_b[:, : q_nope.shape[-1]], kv_b[:, q_nope.shape[-1] :]  # [H, Dn|Dv, C]
+        q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)  # [T, H, C]
+        o = kernels.paged_latent_attention(
+            q_latent.contiguous(),
+            q_rope.contiguous(),
+            rows,
+            view.block_tables,
+            view.context_lens,
+            view.query_starts,
+            scale,
+        )
+        return torch.bmm(o.transpose(0, 1), w_v.transpose(1, 2)).transpose(0, 1)  # [T, H, Dv]
+
+    def _materialised(
+        self,
+        rows: Tensor,
+        view: CacheView,
+        n: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        kv_b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        length, rank = view.lengths[n], kv_b.shape[-1]
+        blocks = view.block_tables[n, : -(-length // self.block_size)].long()
+        stored = rows[blocks].flatten(0, 1)[:length]  # [L, C + R]
+        q, k, v = materialise_latent(q_nope, q_rope, stored[:, :rank], stored[:, rank:], kv_b)
+        value_width = v.shape[-1]
+        v = F.pad(v, (0, max(0, k.shape[-1] - value_width)))  # the fused kernels want equal widths
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        if q.shape[2] == length:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        else:
+            row = torch.arange(length - q.shape[2], length, device=q.device)
+            seen = torch.arange(length, device=q.device)[None, :] <= row[:, None]
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        return o[0].transpose(0, 1)[..., :value_width]

@@ -1,0 +1,314 @@
+"""Block tables: which blocks hold which tokens of which sequence.
+
+Layers that store their keys the same way share one table (a *group*). A sequence has one table per
+group, so layers may differ in layout. The manager moves ids; a group's `copy_block` moves the data
+when a shared block must be written to (copy-on-write).
+
+Life of a sequence: `create` -> `match_prefix` (optional) -> `append` before each step ->
+`commit` after it -> `truncate` (speculation) / `fork` (several samples) -> `free`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serval.cache.pool import BlockPool, chain_key
+from serval.errors import CacheError
+
+
+@dataclass(eq=False)
+class Group:
+    """Layers that share one block table: the pool its ids come from, and how to copy one block's
+    data."""
+
+    pool: BlockPool
+    copy_block: Callable[[int, int], None]  # (source, destination)
+
+
+class BlockTable:
+    """A growing int32 vector of block ids."""
+
+    __slots__ = ("_ids", "count")
+
+    def __init__(self) -> None:
+        self._ids = np.zeros(8, dtype=np.int32)
+        self.count = 0
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 [count], a view."""
+        return self._ids[: self.count]
+
+    def push(self, block: int) -> None:
+        """Append a block id."""
+        if self.count == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+        self._ids[self.count] = block
+        self.count += 1
+
+    def pop(self) -> int:
+        """Remove and return the last block id."""
+        self.count -= 1
+        return int(self._ids[self.count])
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._ids[: self.count][index])
+
+    def __setitem__(self, index: int, block: int) -> None:
+        self._ids[: self.count][index] = block
+
+    def copy(self) -> BlockTable:
+        """An independent table with the same ids."""
+        other = BlockTable()
+        other._ids, other.count = self._ids.copy(), self.count
+        return other
+
+
+@dataclass(eq=False)
+class SequenceCache:
+    """One sequence's tables, one per group, and how many of its tokens they hold."""
+
+    tables: list[BlockTable]
+    num_tokens: int = 0
+    keys: list[bytes] = field(
+        default_factory=list
+    )  # chained keys of the leading full blocks, so far
+    published: int = 0  # how many leading blocks were offered to the index
+
+
+class CacheManager:
+    """Tables of all live sequences over one or more groups.
+
+    Args: groups: one per distinct layout; groups may share a pool. block_size: tokens per block,
+        the same in every group. prefix_caching: publish finished blocks and look them up. With
+        False every prompt is computed.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], block_size: int, prefix_caching: bool = True
+    ) -> None:
+        if not groups or block_size < 1:
+            raise CacheError(
+                "a cache needs at least one group and a positive block size, got "
+                f"{len(groups)} groups and block_size={block_size}"
+            )
+        self.groups = list(groups)
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._live: dict[int, SequenceCache] = {}
+        self._pools = list({id(group.pool): group.pool for group in groups}.values())
+        self._groups_of_pool = [sum(g.pool is pool for g in groups) for pool in self._pools]
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks of all pools."""
+        return sum(pool.num_blocks for pool in self._pools)
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that live sequences hold, over all pools."""
+        return sum(pool.num_used for pool in self._pools)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of one sequence that would fill the cache completely."""
+        shares = zip(self._pools, self._groups_of_pool, strict=True)
+        return min(pool.num_blocks // groups for pool, groups in shares) * self.block_size
+
+    def create(self) -> SequenceCache:
+        """An empty sequence."""
+        cache = SequenceCache([BlockTable() for _ in self.groups])
+        self._live[id(cache)] = cache
+        return cache
+
+    def blocks_needed(self, cache: SequenceCache, count: int) -> int:
+        """Blocks per group that appending `count` tokens takes from the pools, copies included."""
+        last = -(-cache.num_tokens // self.block_size)
+        needed = -(-(cache.num_tokens + count) // self.block_size) - last
+        if count and self._last_is_shared(cache):
+            needed += 1
+        return needed
+
+    def can_append(self, cache: SequenceCache, count: int, reserve: int = 0) -> bool:
+        """Whether `append(cache, count)` would succeed and leave `reserve` blocks per group
+        free."""
+        needed = self.blocks_needed(cache, count) + reserve
+        return needed == 0 or all(
+            pool.num_free >= needed * groups
+            for pool, groups in zip(self._pools, self._groups_of_pool, strict=True)
+        )
+
+    def append(self, cache: SequenceCache, count: int) -> None:
+        """Make room for `count` more tokens and count them as stored.
+
+        A partly filled last block that is shared is copied first; one that is published under a key
+        is taken out of the index, since its contents change. Raises `CacheError`, having changed
+        nothing, when the pools cannot supply the blocks.
+        """
+        self._check_live(cache)
+        if count < 0:
+            raise CacheError(f"Cannot append {count} tokens; use truncate to drop tokens.")
+        if not self.can_append(cache, count):
+            raise CacheError(
+                f"{self.blocks_needed(cache, count)} cache blocks are needed, "
+                f"{min(pool.num_free for pool in self._pools)} are free."
+            )
+        total = cache.num_tokens + count
+        wanted = -(-total // self.block_size)
+        writes_into_last = count > 0 and cache.num_tokens % self.block_size != 0
+        for group, table in zip(self.groups, cache.tables, strict=True):
+            pool = group.pool
+            if writes_into_last:
+                last = table[-1]
+                if pool.references(last) > 1:
+                    fresh = pool.allocate()
+                    group.copy_block(last, fresh)
+                    pool.release(last)
+                    table[-1] = fresh
+                elif pool.key(last) is not None:
+                    pool.unpublish(last)
+            while table.count < wanted:
+                table.push(pool.allocate())
+        cache.num_tokens = total
+
+    def commit(self, cache: SequenceCache, tokens: np.ndarray) -> None:
+        """Publish the blocks that the step just finished filling.
+
+        Args: `tokens` int64, at least the `num_tokens` stored ids from the sequence's start. Call
+        it after the step has run, so that no other sequence reads a block before it is written.
+        """
+        self._check_live(cache)
+        full = cache.num_tokens // self.block_size
+        if not self.prefix_caching or cache.published >= full:
+            return
+        self._extend_keys(cache, tokens, full)
+        for index in range(cache.published, full):
+            self._publish(cache, index)
+        cache.published = full
+
+    def match_prefix(self, cache: SequenceCache, tokens: np.ndarray) -> int:
+        """Let an empty sequence share the stored blocks that hold the start of `tokens`.
+
+        At least one token is left to compute, since the next token's logits come from it. Returns
+        the number of tokens found (a multiple of `block_size`).
+        """
+        self._check_live(cache)
+        if cache.num_tokens:
+            raise CacheError("match_prefix needs an empty sequence; this one already holds tokens.")
+        if not self.prefix_caching:
+            return 0
+        limit = (len(tokens) - 1) // self.block_size
+        self._extend_keys(cache, tokens, limit)
+        hits = 0
+        while hits < limit and all(
+            group.pool.find((index, cache.keys[hits])) is not None
+            for index, group in enumerate(self.groups)
+        ):
+            hits += 1
+        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+            for key in cache.keys[:hits]:
+                block = group.pool.find((index, key))
+                assert block is not None
+                group.pool.acquire(block)
+                table.push(block)
+        cache.num_tokens = hits * self.block_size
+        cache.published = hits
+        return cache.num_tokens
+
+    def fork(self, cache: SequenceCache) -> SequenceCache:
+        """A second sequence with the same contents; it shares every block until one of the two
+        writes."""
+        self._check_live(cache)
+        tables = [table.copy() for table in cache.tables]
+        child = SequenceCache(tables, cache.num_tokens, list(cache.keys), cache.published)
+        for group, table in zip(self.groups, child.tables, strict=True):
+            for block in table.ids:
+                group.pool.acquire(int(block))
+        self._live[id(child)] = child
+        return child
+
+    def truncate(self, cache: SequenceCache, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens and give back the blocks beyond them."""
+        self._release_after(cache, num_tokens)
+        del cache.keys[num_tokens // self.block_size :]  # other tokens may follow
+
+    def reset(self, cache: SequenceCache) -> None:
+        """Give back every block of a sequence whose tokens stay the same and will be computed
+        again."""
+        self._release_after(cache, 0)
+
+    def free(self, cache: SequenceCache) -> None:
+        """Give back every block. The sequence must not be used again; freeing twice is an error."""
+        self._release_after(cache, 0)
+        del self._live[id(cache)]
+
+    def check_integrity(self) -> None:
+        """Raise `CacheError` unless tables, reference counts, free lists and keys all agree."""
+        held: list[Counter[int]] = [Counter() for _ in self._pools]
+        for cache in self._live.values():
+            blocks = -(-cache.num_tokens // self.block_size)
+            if cache.published > min(len(cache.keys), cache.num_tokens // self.block_size):
+                raise CacheError("A sequence has published more blocks than it has filled.")
+            for group, table in zip(self.groups, cache.tables, strict=True):
+                if table.count != blocks:
+                    raise CacheError(
+                        f"A table holds {table.count} blocks for {cache.num_tokens} tokens, "
+                        f"expected {blocks}."
+                    )
+                ids = table.ids.tolist()
+                if len(set(ids)) != len(ids):
+                    raise CacheError(f"A table holds a block twice: {ids}.")
+                held[self._pools.index(group.pool)].update(ids)
+            self._check_keys(cache)
+        for pool, counts in zip(self._pools, held, strict=True):
+            pool.check_integrity(counts)
+
+    def _check_keys(self, cache: SequenceCache) -> None:
+        """A published block must be published under the key of the tokens its holders stored in
+        it."""
+        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+            for position, key in enumerate(cache.keys[: cache.published]):
+                published = group.pool.key(table[position])
+                if published is not None and published != (index, key):
+                    raise CacheError(
+                        f"block {table[position]} is published under the key of other tokens"
+                    )
+
+    def _release_after(self, cache: SequenceCache, num_tokens: int) -> None:
+        self._check_live(cache)
+        if not 0 <= num_tokens <= cache.num_tokens:
+            raise CacheError(
+                f"Cannot truncate a sequence of {cache.num_tokens} tokens to {num_tokens}."
+            )
+        keep = -(-num_tokens // self.block_size)
+        for group, table in zip(self.groups, cache.tables, strict=True):
+            while table.count > keep:  # from the end, so that the start of a prefix is evicted last
+                group.pool.release(table.pop())
+        cache.num_tokens = num_tokens
+        cache.published = min(cache.published, num_tokens // self.block_size)
+
+    def _last_is_shared(self, cache: SequenceCache) -> bool:
+        if cache.num_tokens % self.block_size == 0:
+            return False
+        return any(
+            group.pool.references(table[-1]) > 1
+            for group, table in zip(self.groups, cache.tables, strict=True)
+        )
+
+    def _extend_keys(self, cache: SequenceCache, tokens: np.ndarray, count: int) -> None:
+        size = self.block_size
+        for index in range(len(cache.keys), count):
+            parent = cache.keys[-1] if cache.keys else b""
+            cache.keys.append(chain_key(parent, tokens[index * size : (index + 1) * size]))
+
+    def _publish(self, cache: SequenceCache, position: int) -> None:
+        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+            group.pool.publish(table[position], (index, cache.keys[position]))
+
+    def _check_live(self, cache: SequenceCache) -> None:
+        if id(cache) not in self._live:
+            raise CacheError("This sequence's cache was freed; create a new one.")
