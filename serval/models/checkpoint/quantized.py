@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,8 +23,9 @@ class CheckpointModule(Protocol):
         """Shape and dtype of every stored tensor; must work on the meta device."""
         ...
 
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """The tensors to store, of the shapes and dtypes of `checkpoint_spec`."""
+    def checkpoint_tensors(self) -> Mapping[str, Tensor]:
+        """The tensors to store, of the shapes and dtypes of `checkpoint_spec`; the mapping may make
+        each one when it is asked for."""
         ...
 
     def load_checkpoint_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
