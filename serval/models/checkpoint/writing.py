@@ -110,7 +110,7 @@ def _tensors_to_write(
     for name, source in family.copies(config).items():
         original = written[family.rename(source, config)]
         yield TensorToWrite(name, original.dtype, original.shape, original.make)
-    filler = dtype or decoder.embed_tokens.weight.dtype
+    filler = dtype or decoder.norm.weight.dtype
     for name, shape in family.fillers(config).items():
         yield TensorToWrite(name, filler, shape, _zeros(shape, filler))
 
@@ -158,8 +158,9 @@ def _write_configs(
     config = decoder.config
     values = family.write_config(config)
     embedding = family.rename("embed_tokens.weight", config)
-    kinds = [t.dtype for t in tensors if t.name == embedding]
-    if kinds:
+    named = [t.dtype for t in tensors if t.name == embedding]
+    kinds = [t for t in [*named, *(t.dtype for t in tensors)] if t.is_floating_point]
+    if kinds:  # the embedding's, or if it is quantised that of the first float tensor
         values["dtype"] = str(kinds[0]).removeprefix("torch.")
     if decoder.quantization_config is not None:
         values["quantization_config"] = decoder.quantization_config
