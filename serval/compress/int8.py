@@ -69,8 +69,8 @@ class Int8:
         groups = [int8_group(["Linear"])]
         if tables:
             groups.append(int8_group(tables, activations=False))
-        elif decoder.lm_head is None:
-            kept.append("lm_head")  # transformers makes one, tied to the embedding
+        if decoder.config.tie_word_embeddings:
+            kept.append("lm_head")  # transformers makes one: the table a second time
         decoder.quantization_config = quantization_config(groups, ignore=kept)
         return report
 
