@@ -1,0 +1,59 @@
+"""Benchmarks: `serval bench NAME` runs a peer and Serval in turn and reports the ratio.
+
+One file per benchmark, each with `collect(setup) -> list[Case]`. `harness.py` holds what they
+share (paired rounds, ratios, spread), `worker.py` runs an engine in a process of its own,
+`peers.py` the engines that users would pick instead, `table.py` the JSON and the tables.
+
+    report = run("decode", json_path=Path("docs/results/decode.json"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from serval.bench.harness import Case, Report, Setup
+from serval.bench.table import merge_report, print_report, read_report, write_report
+from serval.registry import Entry, resolve
+
+__all__ = ["BENCHES", "Case", "Report", "Setup", "run"]
+
+BENCHES: dict[str, Entry] = {
+    "decode": Entry("serval.bench.decode:collect", "tokens/s of decoding, Llama-3.2-1B shape"),
+    "prefill": Entry("serval.bench.prefill:collect", "tokens/s of prefill, Llama-3.2-1B shape"),
+    "train": Entry("serval.bench.train:collect", "training tokens/s against transformers.Trainer"),
+    "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
+}
+
+
+def run(
+    name: str,
+    json_path: Path | None = None,
+    quick: bool = False,
+    only: str | None = None,
+    note: Callable[[str], None] | None = None,
+) -> list[Report]:
+    """Run the benchmark `name` ("all": every one), print its table, write its JSON.
+
+    json_path: a file, or with "all" a directory. quick: tiny shapes, to see that it works. only:
+    run the cases whose name contains this text; they replace those cases in an existing file.
+    note: receives progress lines (default: stderr). Raises ConfigError for an unknown name.
+    """
+    from serval.bench.machine import describe_machine
+
+    setup = Setup(quick=quick, only=only) if note is None else Setup(quick, only, note)
+    names = list(BENCHES) if name == "all" else [name]
+    collectors = {each: resolve(BENCHES, each, "benchmark") for each in names}
+    machine = describe_machine(quick)
+    reports = []
+    for each, collect in collectors.items():
+        setup.note(f"benchmark {each}")
+        report = Report(each, machine, collect(setup), quick)
+        target = json_path / f"{each}.json" if json_path and name == "all" else json_path
+        if target is not None:
+            if only and target.exists():
+                report = merge_report(read_report(target), report)
+            write_report(report, target)
+        print_report(report)
+        reports.append(report)
+    return reports

@@ -1,0 +1,174 @@
+"""Reports on disk and on screen: JSON, the console table, the README's results table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from serval.bench.harness import Case, Report
+from serval.errors import ConfigError
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the report as JSON, complete or not at all."""
+    values: dict[str, Any] = {"bench": report.bench, "machine": report.machine}
+    if report.quick:
+        values["quick"] = True
+    values["cases"] = [case.to_dict() for case in report.cases]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(json.dumps(_rounded(values), indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_report(path: Path) -> Report:
+    """Read a report; raises ConfigError when the file is none."""
+    try:
+        values = json.loads(path.read_text())
+        cases = [Case.from_dict(case) for case in values["cases"]]
+        return Report(values["bench"], values["machine"], cases, values.get("quick", False))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a benchmark report ({error}); expected a file written by "
+            "`serval bench NAME --json FILE`"
+        ) from error
+
+
+def merge_report(old: Report, new: Report) -> Report:
+    """`old` with the cases of `new` in place of those of the same name and peer."""
+    if old.bench != new.bench:
+        raise ConfigError(f"the file holds results of {old.bench!r}, not of {new.bench!r}")
+    fresh = {(case.case, case.peer): case for case in new.cases}
+    kept = [fresh.pop((case.case, case.peer), case) for case in old.cases]
+    return replace(new, cases=kept + list(fresh.values()))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def print_report(report: Report) -> None:
+    """Print the report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = report.machine
+    roof = f", {machine['read_gb_per_s']} GB/s read" if "read_gb_per_s" in machine else ""
+    title = f"{report.bench}: {machine['cpu']}, {machine['threads']} threads{roof}"
+    table = Table(title=title + (" (quick: tiny shapes)" if report.quick else ""))
+    table.add_column("case", overflow="fold")
+    for name in ("ours", "floor"):
+        table.add_column(name, justify="right")
+    table.add_column("peer", overflow="fold")
+    for name in ("peer value", "ratio", "spread"):
+        table.add_column(name, justify="right")
+    table.add_column("metrics", overflow="fold")
+    for case in report.cases:
+        table.add_row(
+            case.case,
+            _duration(case.ours),
+            "" if case.floor_fraction is None else f"{case.floor_fraction:.0%}",
+            case.peer or "",
+            _peer_value(case),
+            "" if case.ratio is None else f"{case.ratio:.2f}x",
+            "" if case.spread is None else f"{case.spread[0]:.2f}-{case.spread[1]:.2f}",
+            _metrics(case),
+        )
+    Console().print(table)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def _peer_value(case: Case) -> str:
+    if case.missing is not None:
+        return f"missing: {case.missing}"
+    if case.failed is not None and case.peer_value is None:
+        return f"failed: {case.failed[:60]}"
+    return _duration(case.peer_value) if case.peer else ""
+
+
+def _metrics(case: Case) -> str:
+    shown = {key: value for key, value in case.metrics.items() if "cpu_seconds" not in key}
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in shown.items()
+    )
+
+
+def results_table(reports: Sequence[Report]) -> str:
+    """Markdown: one line per case with a peer or a quality metric, and the machines below."""
+    lines = [
+        "| benchmark | case | Serval | peer | peer's value | ratio (spread) | of the floor |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for report in reports:
+        for case in report.cases:
+            ratio = "" if case.ratio is None else f"**{case.ratio:.2f}x**"
+            if case.spread is not None:
+                ratio += f" ({case.spread[0]:.2f}-{case.spread[1]:.2f})"
+            floor = "" if case.floor_fraction is None else f"{case.floor_fraction:.0%}"
+            cells = [
+                f"`{report.bench}`",
+                case.case,
+                _value(case.ours, case.metrics.get("tokens_per_second")),
+                case.peer or "",
+                _value(case.peer_value, case.metrics.get("peer_tokens_per_second"))
+                if case.peer_value is not None
+                else _peer_value(case).replace("|", "/"),
+                ratio,
+                floor,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines += _machines(reports)
+    return "\n".join(lines)
+
+
+def _value(seconds: float | None, tokens_per_second: float | None) -> str:
+    if seconds is not None and tokens_per_second is not None:
+        return f"{tokens_per_second:,.4g} tokens/s"
+    return _duration(seconds)
+
+
+def _machines(reports: Sequence[Report]) -> list[str]:
+    seen: dict[str, list[str]] = {}
+    for report in reports:
+        machine = report.machine
+        text = f"{machine['cpu']}, {machine['threads']} threads"
+        if "read_gb_per_s" in machine:
+            text += (
+                f", {machine['read_gb_per_s']} GB/s read, "
+                f"{machine['float32_gflop_per_s']} GFLOP/s float32"
+            )
+        text += f", torch {machine['torch']}, {machine['date']}"
+        seen.setdefault(text, []).append(f"`serval bench {report.bench}`")
+    return [f"Printed by {', '.join(names)} on {text}." for text, names in seen.items()]
+
+
+def update_readme(files: Sequence[Path], readme: Path) -> None:
+    """Replace what stands between the result marks of `readme` by the table of `files`."""
+    text = readme.read_text()
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"{readme} lacks the marks {BEGIN} and {END}; add both, each on a line")
+    table = results_table([read_report(path) for path in files])
+    readme.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}")
