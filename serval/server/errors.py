@@ -77,7 +77,7 @@ def error_response(error: APIError) -> JSONResponse:
 
 
 def as_api_error(error: Exception) -> APIError:
-    """Turn whatever a request ended with into an answer; the unexpected is logged and told as 500."""
+    """Turn whatever ended a request into an answer; the unexpected is logged and told as 500."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, ServalError):

@@ -47,11 +47,12 @@ class ApiKeyGuard:
         if scheme.lower() != "bearer":
             return False
         token = given.strip().encode()
-        return any([hmac.compare_digest(token, key) for key in self.keys])
+        matches = [hmac.compare_digest(token, key) for key in self.keys]  # all, whichever fits
+        return True in matches
 
 
 class BodyLimit:
-    """413 for bodies over `max_bytes`, 408 for bodies that take over `timeout` seconds to arrive."""
+    """413 for bodies over `max_bytes`, 408 for bodies that arrive for over `timeout` seconds."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout: float = 60.0) -> None:
         self.app = app
@@ -64,7 +65,8 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > self.max_bytes:
-            await _discard(receive)
+            if "100-continue" not in Headers(scope=scope).get("expect", "").lower():
+                await _discard(receive)
             await error_response(self._too_large())(scope, receive, send)
             return
         received, complete = 0, False
@@ -124,7 +126,7 @@ class Admission:
 
     @contextmanager
     def admit(self, sequences: int) -> Iterator[None]:
-        """Hold `sequences` places; raises APIError 429 (full), 503 (draining) or 400 (never fits)."""
+        """Hold `sequences` places; raises APIError 429 (full), 503 (draining), 400 (never fits)."""
         if self.draining:
             raise APIError(503, "the server is shutting down", headers={"Retry-After": "5"})
         if sequences > self.capacity:

@@ -50,7 +50,9 @@ class StructuredOutputs(Strict):
 
     json_schema: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = Field(None, max_length=10_000)
-    choice: list[str] | None = Field(None, min_length=1, max_length=1000)
+    choice: list[Annotated[str, StringConstraints(min_length=1)]] | None = Field(
+        None, min_length=1, max_length=1000
+    )
 
 
 class TextFormat(Strict):
@@ -123,7 +125,7 @@ class CompletionRequest(Generation):
             Field(min_length=1, max_length=2048),
         ]
     )
-    max_tokens: Int | None = Field(16, ge=1, le=INT64)
+    max_tokens: Int | None = Field(None, ge=1, le=INT64, description="16 when left out.")
     logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     add_special_tokens: bool | None = None

@@ -74,7 +74,7 @@ class ToolParser:
         start = self.held.lstrip()
         if not start:
             return True
-        if start.startswith(PYTHON_TAG[: len(start)]) or start.startswith(PYTHON_TAG):
+        if start.startswith((PYTHON_TAG[: len(start)], PYTHON_TAG)):
             return True
         return start[0] in "{["
 
