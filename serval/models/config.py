@@ -124,6 +124,8 @@ class ModelConfig:
     family: str = "llama"
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_attention_heads"):
+            _positive(f"model.{name}", getattr(self, name))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -131,10 +133,16 @@ class ModelConfig:
         self._check()
 
     def _check(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ConfigError(f"model.{name} must be a positive integer, got {value!r}")
+        for name in ("head_dim", "intermediate_size", "max_position_embeddings"):
+            _positive(f"model.{name}", getattr(self, name))
+        if not isinstance(self.num_hidden_layers, int) or self.num_hidden_layers < 0:
+            raise ConfigError(
+                f"model.num_hidden_layers must be an integer of at least 0, got "
+                f"{self.num_hidden_layers!r}"
+            )
+        if self.mla is not None:
+            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                _positive(f"model.mla.{name}", getattr(self.mla, name))
         assert self.num_key_value_heads is not None
         if self.num_key_value_heads <= 0 or self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -163,6 +171,8 @@ class ModelConfig:
 
     @staticmethod
     def _check_moe(moe: MoEConfig) -> None:
+        for name in ("num_experts", "intermediate_size"):
+            _positive(f"model.moe.{name}", getattr(moe, name))
         pool = moe.num_experts + moe.num_zero_experts
         if not 0 < moe.top_k <= pool:
             raise ConfigError(f"model.moe.top_k is {moe.top_k}; expected 1 to {pool} (the experts)")
@@ -200,6 +210,11 @@ class ModelConfig:
             if isinstance(values.get(name), dict):
                 values[name] = _build(kind, values[name], f"model.{name}")
         return _build(cls, values, "model")
+
+
+def _positive(key: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ConfigError(f"{key} must be a positive integer, got {value!r}")
 
 
 def _build(kind: Any, values: dict[str, Any], where: str) -> Any:

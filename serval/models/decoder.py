@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,18 +78,16 @@ class ShortcutBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x, residual = norm_into(self.input_layernorm[0], x, residual)
         x = self.self_attn[0](x, batch, rotary)
-        u, residual = self.post_attention_layernorm[0].add(x, residual)
+        u, residual = norm_into(self.post_attention_layernorm[0], x, residual)
         shortcut = self.mlp(u)
-        x, residual = self.input_layernorm[1].add(self.mlps[0](u), residual)
+        x, residual = norm_into(self.input_layernorm[1], self.mlps[0](u), residual)
         x = self.self_attn[1](x, batch, rotary)
-        x, residual = self.post_attention_layernorm[1].add(x, residual)
+        x, residual = norm_into(self.post_attention_layernorm[1], x, residual)
         return self.mlps[1](x) + shortcut, residual
 
 
 def norm_into(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    if residual is None:
-        return norm(x), x
-    return norm.add(x, residual)
+    return (norm(x), x) if residual is None else cast(RMSNorm, norm).add(x, residual)
 
 
 class Decoder(nn.Module):
@@ -140,8 +138,9 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Router)):
                 module.weight.normal_(0.0, std)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+                bias = getattr(module, "bias", None)
+                if isinstance(bias, Tensor):
+                    bias.zero_()
             for name, parameter in module.named_parameters(recurse=False):
                 if name in ("gate_up_proj", "down_proj"):
                     parameter.normal_(0.0, std)
