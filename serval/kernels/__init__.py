@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serval.kernels.attention.reference import paged_attention, paged_attention_int8
+from serval.kernels.attention import paged_attention, paged_attention_int8
 from serval.kernels.cache_write.reference import write_cache, write_cache_int8
 from serval.kernels.gated import swiglu
 from serval.kernels.grouped_linear import grouped_linear
@@ -16,7 +16,7 @@ from serval.kernels.int8_linear import (
     pack_int8_weight,
     unpack_int8_weight,
 )
-from serval.kernels.latent_attention.reference import paged_latent_attention
+from serval.kernels.latent_attention import paged_latent_attention
 from serval.kernels.norm import add_rms_norm, rms_norm
 from serval.kernels.rope import rotary
 

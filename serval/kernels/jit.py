@@ -33,8 +33,18 @@ import torch
 from torch import Tensor
 
 ROOM = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+)
 CTYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float}
+
+Function = Callable[..., int]
 
 _lock = threading.RLock()
 _libraries: dict[tuple[str, str], ctypes.CDLL | None] = {}
@@ -70,9 +80,7 @@ def _compiler(requested: str | None) -> tuple[str, str]:
             run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
             if run.returncode == 0:
                 return path, run.stdout.splitlines()[0] if run.stdout else ""
-    raise BuildError(
-        f"no working C++ compiler (tried {', '.join(names)}); install g++ or set CXX"
-    )
+    raise BuildError(f"no working C++ compiler (tried {', '.join(names)}); install g++ or set CXX")
 
 
 def cache_dir() -> Path:
@@ -171,10 +179,10 @@ class Kernel:
     def __init__(self, folder: str, name: str, signature: str) -> None:
         self.folder, self.name, self.signature = folder, name, signature
         self._resolved = False
-        self._function: Callable[..., int] | None = None
+        self._function: Function | None = None
         _kernels.append(self)
 
-    def get(self) -> Callable[..., int] | None:
+    def get(self) -> Function | None:
         """The C function, or None when the reference has to serve."""
         if not self._resolved:
             library = load(self.folder)

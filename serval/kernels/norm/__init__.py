@@ -14,9 +14,12 @@ from torch import Tensor
 from serval.kernels import jit
 from serval.kernels.norm import reference
 
-_FORWARD = {n: jit.Kernel("norm", f"rms_norm_{n}", "ppppp ll f i") for n in ("f32", "bf16", "mixed")}
+_FORWARD = {
+    n: jit.Kernel("norm", f"rms_norm_{n}", "ppppp ll f i") for n in ("f32", "bf16", "mixed")
+}
 _BACKWARD = {
-    n: jit.Kernel("norm", f"rms_norm_backward_{n}", "pppppp ll f i") for n in ("f32", "bf16", "mixed")
+    n: jit.Kernel("norm", f"rms_norm_backward_{n}", "pppppp ll f i")
+    for n in ("f32", "bf16", "mixed")
 }
 _NAMES = {
     (torch.float32, torch.float32): "f32",
@@ -40,9 +43,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     d = x.shape[-1]
     rows = x.numel() // d if d else 0
     threads = torch.get_num_threads()
-    function(
-        x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None, rows, d, eps, threads
-    )
+    function(x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None, rows, d, eps, threads)
     return out
 
 
@@ -92,7 +93,10 @@ jit.define(
 jit.define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _add_rms_norm,
-    lambda x, residual, weight, eps: (torch.empty_like(x + residual), torch.empty_like(x + residual)),
+    lambda x, residual, weight, eps: (
+        torch.empty_like(x + residual),
+        torch.empty_like(x + residual),
+    ),
 )
 jit.define(
     "rms_norm_backward(Tensor dy, Tensor? extra, Tensor x, Tensor weight, float eps, ScalarType dtype)"
@@ -151,7 +155,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     autocast.
     """
     if x.shape != residual.shape:
-        raise ValueError(f"add_rms_norm got x {tuple(x.shape)} and residual {tuple(residual.shape)}")
+        raise ValueError(
+            f"add_rms_norm got x {tuple(x.shape)} and residual {tuple(residual.shape)}"
+        )
     if jit.differentiating(x, residual, weight):
         return _AddRMSNorm.apply(x, residual, weight, eps)
     if jit.plain(x, residual, weight):

@@ -21,7 +21,13 @@ _KERNELS = {
 
 
 def _rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, sign: float
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    sign: float,
 ) -> tuple[Tensor, Tensor]:
     kernel = _KERNELS.get(q.dtype) if q.dtype == k.dtype and q.device.type == "cpu" else None
     function = kernel.get() if kernel else None
@@ -51,7 +57,10 @@ jit.define(
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool interleaved, float sign)"
     " -> (Tensor, Tensor)",
     _rotary,
-    lambda q, k, cos, sin, positions, interleaved, sign: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    lambda q, k, cos, sin, positions, interleaved, sign: (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+    ),
 )
 _op = torch.ops.serval
 
@@ -59,7 +68,13 @@ _op = torch.ops.serval
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        interleaved: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin, positions)
         ctx.interleaved = interleaved
@@ -67,7 +82,13 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:  # type: ignore[override]
-        return (*_op.rotary(dq, dk, *ctx.saved_tensors, ctx.interleaved, -1.0), None, None, None, None)
+        return (
+            *_op.rotary(dq, dk, *ctx.saved_tensors, ctx.interleaved, -1.0),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def rotary(

@@ -1,0 +1,238 @@
+// Paged attention with an online softmax (FlashAttention-2, arXiv:2307.08691), shared by the attention kernels.
+//
+// A task is a block of query rows (queries times the heads that share one key-value head) and a range of keys, walked in
+// tiles of 64 keys that are used by every row while they are in cache. Contexts of few rows are cut into parts of 1024
+// keys whose partial results are merged, so one long sequence keeps every core busy. Parts do not depend on the number
+// of threads, hence neither does the result.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+#include "tile.h"
+
+constexpr int64_t KEYS = 64, ROWS = 256, PART = 1024;
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+struct Attention {
+  // Query row (t, h): q + t * q_row + h * q_head, q_dim floats; then optionally q2 likewise, q2_dim floats.
+  const float *q, *q2;
+  int64_t q_row, q_head, q_dim, q2_row, q2_head, q2_dim, heads;
+  // Key row of (block, kv head, slot): keys + block * k_block + head * k_head + slot * k_slot (elements); values alike.
+  const void *keys, *values;
+  int64_t k_block, k_head, k_slot, v_block, v_head, v_slot, v_dim, kv_heads, page, blocks;
+  const float *key_scales, *value_scales;  // int8 caches: [block, kv head, slot], dense
+  const int32_t *tables, *lens, *starts;   // [n, width], [n], [n + 1]
+  int64_t table_width, sequences, total_rows;
+  float scale;
+  int64_t window;       // 0: unlimited
+  const float* sinks;   // [heads] or null
+  float* out;           // [T, heads, v_dim]
+};
+
+struct Task { int64_t sequence, kv_head, first, count, from, to, partial; };  // queries, keys, -1 or index of partials
+
+// Buffers of one thread, reused between calls.
+struct Scratch {
+  std::vector<float> memory;
+  float* take(float*& cursor, int64_t n) { float* p = cursor; cursor += (n + 31) & ~31ll; return p; }
+};
+static thread_local Scratch scratch;
+
+static INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+template <class T> static INLINE void widen(const T* row, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(row + i));
+  if (i < n) store(out + i, load_some(row + i, n - i));
+}
+
+// Softmax step of one row over a tile: s becomes exp(s - max), m and l are updated, returns the rescale of the past.
+static INLINE float soften(float* s, int64_t from, int64_t to, bool edge, const float* key_scale, const float* value_scale,
+                           float& m, float& l) {
+  constexpr int N = KEYS / W;
+  vf v[N], top = splat(LOWEST);
+  vi lane; for (int i = 0; i < W; i++) lane[i] = i;
+#pragma GCC unroll 16
+  for (int j = 0; j < N; j++) {
+    v[j] = load(s + j * W);
+    if (key_scale) v[j] *= load(key_scale + j * W);
+    if (edge) {
+      vi index = lane + (int32_t)(j * W);
+      v[j] = (index >= (int32_t)from) & (index < (int32_t)to) ? v[j] : splat(LOWEST);
+    }
+    top = vmax(top, v[j]);
+  }
+  float high = std::max(m, max_lane(top));
+  if (high == LOWEST) {
+    for (int j = 0; j < N; j++) store(s + j * W, vf{});
+    return 1.0f;
+  }
+  vf total = {};
+#pragma GCC unroll 16
+  for (int j = 0; j < N; j++) {
+    vf e = vexp(v[j] - high);
+    total += e;
+    if (value_scale) e *= load(value_scale + j * W);
+    store(s + j * W, e);
+  }
+  float past = m == LOWEST ? 0.0f : std::exp(m - high);
+  l = l * past + sum(total);
+  m = high;
+  return past;
+}
+
+template <class T>
+static void run_task(const Attention& a, const Task& t, float* partial_m, float* partial_l, float* partial_o) {
+  const int64_t group = a.heads / a.kv_heads, rows = t.count * group, depth = a.q_dim + a.q2_dim;
+  const int64_t dp = round_up(depth, W), vp = round_up(a.v_dim, W);
+  const bool packed = rows >= 24 && dp < 256;  // many rows: transpose the keys once; else dot products in place
+  const bool direct_k = sizeof(T) == 4 && dp == depth, direct_v = sizeof(T) == 4 && vp == a.v_dim;
+  int64_t need = rows * (dp + KEYS + vp + 3 * 32) + KEYS * (2 * dp + vp) + 2 * KEYS + 1024;
+  if ((int64_t)scratch.memory.size() < need + 16) scratch.memory.resize(need + 16);
+  float* cursor = (float*)(((uintptr_t)scratch.memory.data() + 63) & ~(uintptr_t)63);
+  float *q = scratch.take(cursor, rows * dp), *s = scratch.take(cursor, rows * KEYS), *o = scratch.take(cursor, rows * vp);
+  float *m = scratch.take(cursor, rows), *l = scratch.take(cursor, rows), *alpha = scratch.take(cursor, rows);
+  float *kt = scratch.take(cursor, KEYS * dp), *kbuf = scratch.take(cursor, KEYS * dp), *vbuf = scratch.take(cursor, KEYS * vp);
+  float *ks = scratch.take(cursor, KEYS), *vs = scratch.take(cursor, KEYS);
+
+  const int64_t begin = a.starts[t.sequence], queries = a.starts[t.sequence + 1] - begin;
+  const int64_t past = a.lens[t.sequence] - queries;  // position of the sequence's first query
+  const int32_t* table = a.tables + t.sequence * a.table_width;
+  for (int64_t i = 0; i < t.count; i++)
+    for (int64_t g = 0; g < group; g++) {
+      float* row = q + (i * group + g) * dp;
+      const float* from = a.q + (begin + t.first + i) * a.q_row + (t.kv_head * group + g) * a.q_head;
+      for (int64_t d = 0; d < a.q_dim; d++) row[d] = from[d] * a.scale;
+      if (a.q2_dim) {
+        const float* more = a.q2 + (begin + t.first + i) * a.q2_row + (t.kv_head * group + g) * a.q2_head;
+        for (int64_t d = 0; d < a.q2_dim; d++) row[a.q_dim + d] = more[d] * a.scale;
+      }
+      for (int64_t d = depth; d < dp; d++) row[d] = 0;
+    }
+  for (int64_t r = 0; r < rows; r++) m[r] = LOWEST, l[r] = 0;
+  memset(o, 0, rows * vp * sizeof(float));
+
+  const T *krow[KEYS], *vrow[KEYS];
+  const float *kf[KEYS], *vf_[KEYS];
+  for (int64_t tile_from = t.from; tile_from < t.to; tile_from += KEYS) {
+    const int64_t n = std::min(KEYS, t.to - tile_from);
+    for (int64_t j = 0; j < n;) {
+      int64_t position = tile_from + j, slot = position % a.page, run = std::min(n - j, a.page - slot);
+      int64_t block = table[position / a.page];
+      const T* k = (const T*)a.keys + block * a.k_block + t.kv_head * a.k_head + slot * a.k_slot;
+      const T* v = (const T*)a.values + block * a.v_block + t.kv_head * a.v_head + slot * a.v_slot;
+      for (int64_t i = 0; i < run; i++) krow[j + i] = k + i * a.k_slot, vrow[j + i] = v + i * a.v_slot;
+      if (sizeof(T) == 1) {
+        int64_t at = (block * a.kv_heads + t.kv_head) * a.page + slot;
+        memcpy(ks + j, a.key_scales + at, run * 4);
+        memcpy(vs + j, a.value_scales + at, run * 4);
+      }
+      j += run;
+    }
+    // A short last tile reads its first row again; those scores are masked and those weights are zero.
+    for (int64_t j = n; j < KEYS; j++) krow[j] = krow[0], vrow[j] = vrow[0], ks[j] = vs[j] = 0;
+    const int64_t columns = packed ? KEYS : round_up(n, 4);
+    for (int64_t j = 0; j < KEYS; j++) {
+      kf[j] = direct_k ? (const float*)krow[j] : kbuf + (j < n ? j : 0) * dp;
+      vf_[j] = direct_v ? (const float*)vrow[j] : vbuf + (j < n ? j : 0) * vp;
+    }
+    if (!direct_k) for (int64_t j = 0; j < n; j++) widen(krow[j], depth, kbuf + j * dp);
+    if (!direct_v) for (int64_t j = 0; j < n; j++) widen(vrow[j], a.v_dim, vbuf + j * vp);
+
+    if (packed) {
+      for (int64_t j = 0; j < KEYS; j += W)
+        for (int64_t d = 0; d < dp; d += W) transpose(kf + j, d, kt + d * KEYS + j, KEYS);
+      product(rows, KEYS, depth, q, dp, [&](int64_t k) { return kt + k * KEYS; }, s, KEYS, nullptr);
+    } else {
+      dot_product(rows, columns, dp, q, dp, kf, s, KEYS);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      int64_t position = past + t.first + r / group;
+      int64_t to = std::min(n, position + 1 - tile_from), from = a.window ? position - a.window + 1 - tile_from : 0;
+      alpha[r] = soften(s + r * KEYS, from, to, from > 0 || to < KEYS, sizeof(T) == 1 ? ks : nullptr,
+                        sizeof(T) == 1 ? vs : nullptr, m[r], l[r]);
+    }
+    product(rows, vp, n, s, KEYS, [&](int64_t k) { return vf_[k]; }, o, vp, alpha);
+  }
+
+  for (int64_t r = 0; r < rows; r++) {
+    const float* from = o + r * vp;
+    if (t.partial >= 0) {
+      partial_m[t.partial + r] = m[r], partial_l[t.partial + r] = l[r];
+      memcpy(partial_o + (t.partial + r) * a.v_dim, from, a.v_dim * sizeof(float));
+      continue;
+    }
+    int64_t head = t.kv_head * group + r % group;
+    float high = a.sinks ? std::max(m[r], a.sinks[head]) : m[r], part = std::exp(m[r] - high);
+    float total = l[r] * part + (a.sinks ? std::exp(a.sinks[head] - high) : 0.0f);
+    float factor = total > 0 ? part / total : 0.0f;
+    float* to = a.out + ((begin + t.first + r / group) * a.heads + head) * a.v_dim;
+    for (int64_t d = 0; d < a.v_dim; d++) to[d] = from[d] * factor;
+  }
+}
+
+// Merge the parts of one block of rows; they lie one after the other in the partial buffers.
+static void merge(const Attention& a, const Task& first, int64_t parts, const float* pm, const float* pl, const float* po) {
+  const int64_t group = a.heads / a.kv_heads, rows = first.count * group, begin = a.starts[first.sequence];
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t head = first.kv_head * group + r % group;
+    float high = a.sinks ? a.sinks[head] : LOWEST;
+    for (int64_t p = 0; p < parts; p++) high = std::max(high, pm[first.partial + p * rows + r]);
+    float total = a.sinks ? std::exp(a.sinks[head] - high) : 0.0f;
+    float* to = a.out + ((begin + first.first + r / group) * a.heads + head) * a.v_dim;
+    for (int64_t d = 0; d < a.v_dim; d++) to[d] = 0;
+    for (int64_t p = 0; p < parts; p++) {
+      int64_t at = first.partial + p * rows + r;
+      float part = pm[at] == LOWEST ? 0.0f : std::exp(pm[at] - high);
+      total += pl[at] * part;
+      for (int64_t d = 0; d < a.v_dim; d++) to[d] += part * po[at * a.v_dim + d];
+    }
+    float inverse = total > 0 ? 1.0f / total : 0.0f;
+    for (int64_t d = 0; d < a.v_dim; d++) to[d] *= inverse;
+  }
+}
+
+// Returns 0, or 1: lengths or query starts are inconsistent, 2: a block table names a block that does not exist.
+template <class T> static int attend(const Attention& a, int threads) {
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t step = std::max<int64_t>(1, ROWS / group);
+  std::vector<Task> tasks;
+  std::vector<std::pair<int64_t, int64_t>> merges;  // first task, number of parts
+  int64_t partial_rows = 0, work = 0;
+  if (a.sequences && a.starts[0] != 0) return 1;
+  for (int64_t n = 0; n < a.sequences; n++) {
+    const int64_t queries = a.starts[n + 1] - a.starts[n], length = a.lens[n];
+    if (queries < 0 || a.starts[n + 1] > a.total_rows) return 1;
+    if (!queries) continue;
+    if (length < queries || length > a.table_width * a.page) return 1;
+    int64_t oldest = a.window ? std::max<int64_t>(0, length - queries - a.window + 1) : 0;
+    for (int64_t b = oldest / a.page; b * a.page < length; b++) {
+      int32_t block = a.tables[n * a.table_width + b];
+      if (block < 0 || block >= a.blocks) return 2;
+    }
+    const bool cut = queries <= step;
+    for (int64_t first = (queries - 1) / step * step; first >= 0; first -= step) {  // longest first
+      const int64_t count = std::min(step, queries - first), to = length - queries + first + count;
+      const int64_t from = a.window ? std::max<int64_t>(0, to - count - a.window + 1) : 0;
+      const int64_t parts = cut ? std::max<int64_t>(1, (to - from + PART - 1) / PART) : 1;
+      work += count * a.heads * (to - from) * (a.q_dim + a.v_dim);
+      for (int64_t h = 0; h < a.kv_heads; h++) {
+        if (parts == 1) {
+          tasks.push_back({n, h, first, count, from, to, -1});
+          continue;
+        }
+        merges.push_back({(int64_t)tasks.size(), parts});
+        for (int64_t p = 0; p < parts; p++) {
+          tasks.push_back({n, h, first, count, from + p * PART, std::min(to, from + (p + 1) * PART), partial_rows});
+          partial_rows += count * group;
+        }
+      }
+    }
+  }
+  std::vector<float> partial(partial_rows * (a.v_dim + 2));
+  float *pm = partial.data(), *pl = pm + partial_rows, *po = pl + partial_rows;
+  parallel_tasks(tasks.size(), 1, work < 400000 ? 1 : threads, [&](int64_t i) { run_task<T>(a, tasks[i], pm, pl, po); });
+  for (auto& [first, parts] : merges) merge(a, tasks[first], parts, pm, pl, po);
+  return 0;
+}
