@@ -1,0 +1,54 @@
+"""Which text a model is scored on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from serval.data.options import DataOptions, held_out_texts
+from serval.data.sources import documents
+from serval.errors import ConfigError, DataError
+
+RECIPE = "recipe.yaml"  # beside a model's weights: how it was trained
+
+
+def evaluation_texts(text: str | None, model_dir: Path) -> list[str]:
+    """Documents to score.
+
+    text: a folder of text files, a .jsonl or .parquet file, or "stdlib". None and "stdlib" give
+    the held-out documents of the recipe beside the model if there is one, else those of the
+    standard library. Raises DataError or ConfigError naming what cannot be read.
+    """
+    if text is None or text == "stdlib":
+        options = _recipe_data(model_dir) or DataOptions.model_validate({})
+        texts = held_out_texts(options)
+    else:
+        path = Path(text).expanduser()
+        if not path.exists():
+            raise DataError(
+                f"--text {text!r} does not exist; give a folder, a .jsonl or .parquet file, "
+                "or 'stdlib'"
+            )
+        kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(path.suffix.lower(), "folder")
+        if path.is_file() and kind == "folder":
+            return [path.read_text(encoding="utf-8", errors="replace")]
+        texts = list(documents(kind, str(path)))
+    if not texts:
+        raise DataError("no text was held out for validation; give some with --text")
+    return texts
+
+
+def _recipe_data(model_dir: Path) -> DataOptions | None:
+    path = model_dir / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return DataOptions.model_validate(values.get("data", {}))
+    except (yaml.YAMLError, AttributeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path} cannot be read ({first}); repair it, or choose the text with --text"
+        ) from error
