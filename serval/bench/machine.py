@@ -82,6 +82,11 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
+def cpu_has(flag: str) -> bool:
+    """Whether /proc/cpuinfo lists this instruction set."""
+    return flag in _cpu_flags()
+
+
 def best_seconds(work: Callable[[], object], seconds: float) -> float:
     """The fastest of repeated calls within `seconds`; the first call is not counted."""
     work()

@@ -77,7 +77,7 @@ def print_report(report: Report) -> None:
     for case in report.cases:
         table.add_row(
             case.case,
-            _duration(case.ours),
+            _value(case.ours, case.metrics.get("tokens_per_second")),
             "" if case.floor_fraction is None else f"{case.floor_fraction:.0%}",
             case.peer or "",
             _peer_value(case),
@@ -85,7 +85,10 @@ def print_report(report: Report) -> None:
             "" if case.spread is None else f"{case.spread[0]:.2f}-{case.spread[1]:.2f}",
             _metrics(case),
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    console.print(table)
 
 
 def _duration(seconds: float | None) -> str:
@@ -102,11 +105,12 @@ def _peer_value(case: Case) -> str:
         return f"missing: {case.missing}"
     if case.failed is not None and case.peer_value is None:
         return f"failed: {case.failed[:60]}"
-    return _duration(case.peer_value) if case.peer else ""
+    return _value(case.peer_value, case.metrics.get("peer_tokens_per_second")) if case.peer else ""
 
 
 def _metrics(case: Case) -> str:
-    shown = {key: value for key, value in case.metrics.items() if "cpu_seconds" not in key}
+    elsewhere = ("cpu_seconds", "tokens_per_second")  # in the JSON, in other columns
+    shown = {k: v for k, v in case.metrics.items() if not k.endswith(elsewhere)}
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in shown.items()
@@ -130,9 +134,7 @@ def results_table(reports: Sequence[Report]) -> str:
                 case.case,
                 _value(case.ours, case.metrics.get("tokens_per_second")),
                 case.peer or "",
-                _value(case.peer_value, case.metrics.get("peer_tokens_per_second"))
-                if case.peer_value is not None
-                else _peer_value(case).replace("|", "/"),
+                _peer_value(case).replace("|", "/"),
                 ratio,
                 floor,
             ]

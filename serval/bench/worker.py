@@ -31,10 +31,11 @@ class Worker:
     """One object in a child process. target: "module:Class"; threads: OpenMP threads it gets."""
 
     def __init__(self, target: str, arguments: dict[str, Any], threads: int) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 closed with the worker
         ours, theirs = Pipe()
         environment = {
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
