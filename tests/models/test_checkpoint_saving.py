@@ -224,3 +224,16 @@ def test_gpt_oss_experts_are_transposed_and_interleaved() -> None:
     stored = piece.view.reshape(piece.shape)  # [E, D, 2F]
     assert torch.equal(stored[:, :, ::2], stack[:, :3].transpose(1, 2))
     assert torch.equal(stored[:, :, 1::2], stack[:, 3:].transpose(1, 2))
+
+
+def test_a_file_limit_of_the_system(tmp_path: Path) -> None:
+    """A real refusal by the kernel in the middle of a file, as a full disk or quota gives."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="no room to save"):
+            checkpoint.save(Decoder(SMALL), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []
