@@ -159,10 +159,11 @@ async def _events(
         async for _, piece in pieces:
             if piece is None:
                 for index in range(job.generation.choices):
-                    delta = {"role": "assistant", "content": ""}
-                    yield {**envelope, "choices": [_delta(index, delta, None, None)]}
+                    opening = {"role": "assistant", "content": ""}
+                    yield {**envelope, "choices": [_delta(index, opening, None, None)]}
                 continue
-            delta, reason = {}, piece.finish_reason
+            delta: dict[str, Any] = {}
+            reason = piece.finish_reason
             text, calls = _split(parsers[piece.index], piece)
             if text:
                 delta["content"] = text

@@ -1,0 +1,179 @@
+"""`serval serve MODEL`: load the model and listen, until a signal ends it (`draining`)."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serval.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass
+class ServeOptions:
+    """Everything `serval serve` can be told.
+
+    Args:
+        model: checkpoint directory or hub name.
+        host, port: where to listen; port 0 picks a free one.
+        served_model_name: names clients may use; empty: the last part of `model`.
+        api_key: keys that open the API; empty: open to everyone who can connect.
+        kv: cache layout. max_model_len: context in tokens (None: the model's).
+        cache_bytes: size of the KV cache (None: the engine decides).
+        max_sequences: sequences computed together (None: the engine decides).
+        max_in_flight: sequences accepted, running or waiting; more get 429.
+        max_body_bytes: larger bodies get 413. max_tokens: per answer (None: what the context holds).
+        chat_template: a Jinja file that replaces the tokenizer's template.
+        drain_seconds: time running requests get to finish after SIGTERM.
+        engine: further keyword arguments of `serval.LLM`.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: list[str] = field(default_factory=list)
+    api_key: list[str] = field(default_factory=list)
+    kv: str = "full"
+    max_model_len: int | None = None
+    cache_bytes: int | None = None
+    max_sequences: int | None = None
+    max_in_flight: int = 256
+    max_body_bytes: int = 8 * 2**20
+    max_tokens: int | None = None
+    chat_template: Path | None = None
+    drain_seconds: float = 30.0
+    log_level: str = "info"
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must lie between 0 and 65535, got {self.port}")
+        if self.log_level not in LOG_LEVELS:
+            known = ", ".join(LOG_LEVELS)
+            raise ConfigError(f"--log-level must be one of {known}, got {self.log_level!r}")
+        for name in ("max_in_flight", "max_body_bytes", "max_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if any(not key.strip() for key in self.api_key):
+            raise ConfigError("--api-key must not be empty")
+        if self.drain_seconds < 0:
+            raise ConfigError(f"--drain-seconds must not be negative, got {self.drain_seconds}")
+
+
+def run(options: ServeOptions) -> int:
+    """Serve until a signal arrives; returns the process's exit code.
+
+    Raises ConfigError (address in use, unreadable template) and CheckpointError before listening.
+    """
+    began = time.perf_counter()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("serval").setLevel(options.log_level.upper())
+    listener = _bind(options.host, options.port)
+    try:
+        app = build_app(options)
+        return _serve(app, listener, options, began)
+    finally:
+        listener.close()
+
+
+def build_app(options: ServeOptions) -> FastAPI:
+    """Load the model, start its engine, and wrap both in the application."""
+    template = None
+    if options.chat_template is not None:
+        try:
+            template = options.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template {options.chat_template}: {error}") from error
+    from serval.server.app import create_app
+    from serval.server.engine import EngineBackend
+    from serval.server.state import AppOptions
+
+    arguments: dict[str, Any] = {"kv": options.kv, **options.engine}
+    for name in ("max_model_len", "cache_bytes", "max_sequences"):
+        value = getattr(options, name)
+        if value is not None:
+            arguments[name] = value
+    backend = EngineBackend.load(options.model, **arguments)
+    names = options.served_model_name or [default_name(options.model)]
+    app_options = AppOptions(
+        model_names=tuple(names),
+        api_keys=tuple(options.api_key),
+        max_in_flight=options.max_in_flight,
+        max_body_bytes=options.max_body_bytes,
+        max_tokens=options.max_tokens,
+        chat_template=template,
+    )
+    return create_app(backend, app_options)
+
+
+def default_name(model: str) -> str:
+    """What clients call the model when nobody chose a name: a directory's last part, a hub name
+    as it is."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else model
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet, so that a taken port is noticed before loading."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port "
+            "or --host"
+        ) from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def _serve(app: FastAPI, listener: socket.socket, options: ServeOptions, began: float) -> int:
+    import uvicorn
+
+    from serval.server.draining import DrainingServer
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning" if options.log_level == "info" else options.log_level,
+        access_log=options.log_level == "debug",
+        server_header=False,
+        timeout_keep_alive=30,
+        # The application's own deadline ends requests first; this is the net below it.
+        timeout_graceful_shutdown=int(options.drain_seconds) + 10,
+        ws="none",
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}"
+    state = app.state.serval
+
+    def ready() -> None:
+        took = time.perf_counter() - began
+        print(
+            f"Serving {state.model} at {url} (chat page: {url}/, API: {url}/v1), context "
+            f"{state.max_model_len} tokens, ready in {took:.1f} s",
+            flush=True,
+        )
+        if host not in ("127.0.0.1", "::1") and not options.api_key:
+            print(f"warning: anyone who reaches {url} can use it; set --api-key", file=sys.stderr)
+
+    return DrainingServer(config, state, options.drain_seconds, ready).serve_on(listener)
