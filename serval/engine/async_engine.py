@@ -1,0 +1,220 @@
+"""`AsyncLLM`: the step loop in one thread, requests and results on an asyncio loop.
+
+The event loop never waits for a step: submissions and cancellations go to the worker through a
+queue, deltas come back in one call per step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
+
+from serval.engine.engine import EngineStats
+from serval.engine.params import SamplingParams
+from serval.engine.request import Delta, Request
+from serval.errors import RequestError
+
+if TYPE_CHECKING:
+    from serval.engine.llm import LLM
+
+logger = logging.getLogger(__name__)
+
+
+class RequestStream:
+    """The deltas of one request, in the event loop that submitted it: `async for delta in stream`.
+
+    Ends when all continuations are finished.
+    """
+
+    def __init__(self, owner: AsyncLLM, request_id: str, count: int) -> None:
+        self.request_id = request_id
+        self.request: Request | None = None
+        self._owner, self._open = owner, count
+        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+
+    def push(self, delta: Delta) -> None:
+        """Called in the event loop."""
+        self._queue.put_nowait(delta)
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._open <= 0:
+            raise StopAsyncIteration
+        delta = await self._queue.get()
+        if delta.finish_reason is not None:
+            self._open -= 1
+        return delta
+
+    def abort(self) -> None:
+        """Cancel what is still running."""
+        self._owner.abort(self.request_id)
+
+
+class AsyncLLM:
+    """Serve many requests at once from an `LLM`, whose engine it steps in a thread of its own."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm, self.engine = llm, llm.engine
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._outbox: list[tuple[RequestStream, Delta]] = []
+        self._open: dict[str, bool] = {}  # request id -> still wanted
+        self._draining = False
+        self._thread = threading.Thread(target=self._work, name="serval-engine", daemon=True)
+        self._thread.start()
+
+    async def submit(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> RequestStream:
+        """Queue a prompt; returns its stream. Raises `RequestError`; then nothing is queued."""
+        if self._draining or not self._thread.is_alive():
+            raise RequestError("the engine is shutting down and takes no new requests")
+        request_id = request_id or f"request-{uuid.uuid4().hex}"
+        if request_id in self._open:
+            raise RequestError(f"request id {request_id!r} is already in use")
+        params = params or SamplingParams()
+        stream = RequestStream(self, request_id, params.n)
+
+        def prepare() -> Request:
+            return self.engine.prepare(
+                self.llm.encode(prompt, add_special_tokens),
+                params,
+                prompt=prompt if isinstance(prompt, str) else None,
+                request_id=request_id,
+                on_delta=lambda delta: self._outbox.append((stream, delta)),
+            )
+
+        self._open[request_id] = True
+        try:
+            # A grammar may take long to compile and a long text to tokenise: not in the event loop.
+            request = await asyncio.to_thread(prepare)
+        except BaseException:
+            del self._open[request_id]
+            raise
+        stream.request = request
+        self._commands.put(lambda: self._submit(request))
+        return stream
+
+    async def stream(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> AsyncIterator[Delta]:
+        """Continue a prompt, giving each `Delta` as it is made. A caller that stops listening, or
+        is cancelled, cancels the request."""
+        stream = await self.submit(
+            prompt, params, request_id=request_id, add_special_tokens=add_special_tokens
+        )
+        try:
+            async for delta in stream:
+                yield delta
+        finally:
+            stream.abort()
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request: its blocks are free before the next step. Unknown ids are ignored."""
+        if request_id in self._open:
+            self._open[request_id] = False
+            self._commands.put(lambda: self._abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """A snapshot of what the engine is doing."""
+        return self.engine.stats()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no new requests and wait for those that run. After `timeout` seconds the rest is
+        cancelled; returns whether all of them finished by themselves."""
+        self._draining = True
+        loop = asyncio.get_running_loop()
+        end = None if timeout is None else loop.time() + timeout
+        while self._open and (end is None or loop.time() < end):
+            await asyncio.sleep(0.02)
+        clean = not self._open
+        for request_id in list(self._open):
+            self.abort(request_id)
+        while self._open and self._thread.is_alive():
+            await asyncio.sleep(0.005)
+        return clean
+
+    def shutdown(self) -> None:
+        """Cancel everything and end the thread."""
+        self._draining = True
+        self._commands.put(None)
+        self._thread.join()
+
+    # In the worker thread
+
+    def _work(self) -> None:
+        while True:
+            if not self._run_commands():
+                break
+            with self.llm.lock:
+                try:
+                    self.engine.step()
+                except Exception:
+                    # The engine has cancelled its requests, whose clients are told; it goes on.
+                    logger.exception("a step of the engine failed")
+            self._flush()
+        with self.llm.lock:
+            self.engine.abort_all("the engine was shut down")
+        self._flush()
+
+    def _run_commands(self) -> bool:
+        """Carry out what was asked since the last step; waits while there is nothing to do."""
+        while True:
+            try:
+                command = self._commands.get(block=self.engine.idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            with self.llm.lock:
+                command()
+            if self._outbox:
+                self._flush()
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self.engine.submit(request)
+        except RequestError as error:  # its id is in use by LLM.generate
+            self.engine.refuse(request, str(error))
+        if not self._open.get(request.request_id, False):  # cancelled while it was prepared
+            self.engine.abort(request.request_id)
+
+    def _abort(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+
+    def _flush(self) -> None:
+        """Hand the step's deltas to their event loops, one wake-up per loop."""
+        outbox, self._outbox = self._outbox, []
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Delta]]] = {}
+        for stream, delta in outbox:
+            loops.setdefault(stream.loop, []).append((stream, delta))
+            if delta.finish_reason is not None and stream.request_id not in self.engine.requests:
+                self._open.pop(stream.request_id, None)
+        for loop, deltas in loops.items():
+            try:
+                loop.call_soon_threadsafe(_push_all, deltas)
+            except RuntimeError:  # that loop is closed: nobody listens any more
+                for stream, _ in deltas:
+                    self.engine.abort(stream.request_id)
+
+
+def _push_all(deltas: list[tuple[RequestStream, Delta]]) -> None:
+    for stream, delta in deltas:
+        stream.push(delta)

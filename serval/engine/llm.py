@@ -1,0 +1,294 @@
+"""`LLM`: a model, its tokenizer, a cache and an engine behind one object.
+
+llm = LLM("path/or/hub-name", kv="int8")
+for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0)):
+    print(output.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from serval.cache.memory import PagedMemory, cache_bytes_per_token
+from serval.engine.engine import Engine, EngineStats
+from serval.engine.params import SamplingParams
+from serval.engine.request import Delta, Request, RequestOutput
+from serval.errors import ConfigError, RequestError
+from serval.models import checkpoint
+from serval.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from serval.engine.async_engine import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+Prompts = str | list[str] | list[int] | list[list[int]]
+_DEFAULT_SEQUENCES = 16  # full-length sequences that the default cache budget holds
+_DEFAULT_MEMORY = 0.25  # and at most this share of the free memory
+
+
+class LLM:
+    """Generate text with one model.
+
+    Args:
+        model: a checkpoint directory, a hub name, or a `Decoder`.
+        tokenizer: a Hugging Face tokenizer or where to load one; by default the model's own.
+        kv: cache layout (`serval methods` lists them), or one per attention layer.
+        max_model_len: tokens of prompt and output together; by default what the model was made
+            for, or less if the memory does not hold one such sequence.
+        cache_bytes: storage for keys and values; by default room for 16 full sequences, at most a
+            quarter of the free memory.
+        block_size: tokens per cache block.
+        max_batch_tokens: rows of one step; long prompts are cut into chunks of this size.
+        max_sequences: sequences that run at once.
+        dtype: by default float32 on CPUs, bfloat16 on GPUs.
+        seed: for requests that bring no seed of their own.
+        prefix_caching: reuse the cache of prompts that start alike.
+
+    Raises `ConfigError`, `CheckpointError` or `CacheError`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Decoder,
+        *,
+        tokenizer: Any = None,
+        kv: str | Sequence[str] = "full",
+        max_model_len: int | None = None,
+        cache_bytes: int | None = None,
+        block_size: int = 32,
+        max_batch_tokens: int = 2048,
+        max_sequences: int = 64,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        prefix_caching: bool = True,
+    ) -> None:
+        _check_limits(block_size, max_batch_tokens, max_sequences, max_model_len)
+        directory = None
+        if isinstance(model, Decoder):
+            decoder = model if dtype is None and device is None else model.to(device, dtype)
+        else:
+            where = torch.device(device or "cpu")
+            dtype = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
+            directory = checkpoint.locate(model)
+            decoder = checkpoint.load(directory, dtype=dtype, device=where)
+        self.decoder = decoder.eval()
+        config = decoder.config
+        self.tokenizer = _load_tokenizer(tokenizer, directory)
+        weight = decoder.norm.weight
+        specs = decoder.attention_layers
+        specs = specs[: len(specs) - config.num_mtp_layers]  # drafting is not the engine's affair
+        limit = config.max_position_embeddings
+        if max_model_len is not None and max_model_len > limit:
+            raise ConfigError(
+                f"max_model_len is {max_model_len}, the model was made for {limit} positions: "
+                f"choose at most {limit}"
+            )
+        per_token = cache_bytes_per_token(specs, kv, weight.dtype)
+        if cache_bytes is None:
+            wanted = per_token * (limit if max_model_len is None else max_model_len)
+            wanted = (
+                -(-wanted // block_size + 1) * block_size * min(max_sequences, _DEFAULT_SEQUENCES)
+            )
+            cache_bytes = min(wanted, int(_DEFAULT_MEMORY * _free_memory(weight.device)))
+            if max_model_len is None and cache_bytes < per_token * (limit + block_size):
+                limit = cache_bytes // (per_token * block_size) * block_size
+                logger.warning("the free memory holds %d tokens: max_model_len is set to it", limit)
+        self.max_model_len = limit if max_model_len is None else max_model_len
+        self.memory = PagedMemory(
+            specs,
+            kv,
+            cache_bytes=cache_bytes,
+            max_model_len=self.max_model_len,
+            block_size=block_size,
+            dtype=weight.dtype,
+            device=weight.device,
+            prefix_caching=prefix_caching,
+        )
+        self.engine = Engine(
+            self.decoder,
+            self.tokenizer,
+            self.memory,
+            max_model_len=self.max_model_len,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            eos_token_ids=_eos_token_ids(decoder, self.tokenizer, directory),
+            device=weight.device,
+            seed=seed,
+        )
+        self.lock = threading.Lock()  # held by whoever steps or changes the engine
+        self._async: AsyncLLM | None = None
+
+    def generate(
+        self,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one or many prompts (texts or token ids); returns outputs in their order.
+
+        Raises `RequestError` before anything runs if any of them cannot be served.
+        """
+        batch = _as_batch(prompts)
+        every = _params_per_prompt(params, len(batch))
+        prepared = [
+            self.engine.prepare(
+                self.encode(prompt), own, prompt=prompt if isinstance(prompt, str) else None
+            )
+            for prompt, own in zip(batch, every, strict=True)
+        ]
+        return self._run(prepared)
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, through the tokenizer's chat template."""
+        several = bool(messages) and isinstance(messages[0], list)
+        conversations: list[Any] = list(messages) if several else [messages]
+        texts = [self.chat_prompt(conversation, tools) for conversation in conversations]
+        every = _params_per_prompt(params, len(texts))
+        prepared = [
+            self.engine.prepare(self.encode(text, add_special_tokens=False), own, prompt=text)
+            for text, own in zip(texts, every, strict=True)
+        ]
+        return self._run(prepared)
+
+    async def stream(
+        self, prompt: str | list[int], params: SamplingParams | None = None
+    ) -> AsyncIterator[Delta]:
+        """Continue one prompt, giving each `Delta` as it is made; leaving the loop cancels it."""
+        if self._async is None:
+            from serval.engine.async_engine import AsyncLLM
+
+            self._async = AsyncLLM(self)
+        async for delta in self._async.stream(prompt, params):
+            yield delta
+
+    def chat_prompt(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> str:
+        """The text that the chat template makes of a conversation; raises `RequestError`."""
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError("this model's tokenizer has no chat template: use generate")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template may raise anything on what it does not expect
+            raise RequestError(f"the chat template refused these messages: {error}") from error
+
+    def encode(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt; ids pass through."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise RequestError("this engine has no tokenizer: give token ids instead of text")
+        return self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now."""
+        return self.engine.stats()
+
+    def _run(self, prepared: list[Request]) -> list[RequestOutput]:
+        submitted: list[Request] = []
+        try:
+            with self.lock:
+                for request in prepared:
+                    self.engine.submit(request)
+                    submitted.append(request)
+            while not all(request.finished for request in prepared):
+                with self.lock:
+                    if not self.engine.idle:
+                        self.engine.step()
+        except BaseException:
+            with self.lock:
+                for request in submitted:
+                    self.engine.abort(request.request_id)
+            raise
+        return [self.engine.output(request) for request in prepared]
+
+
+def _check_limits(
+    block_size: int, max_batch_tokens: int, max_sequences: int, max_model_len: int | None
+) -> None:
+    values = {
+        "block_size": block_size,
+        "max_batch_tokens": max_batch_tokens,
+        "max_sequences": max_sequences,
+        "max_model_len": 1 if max_model_len is None else max_model_len,
+    }
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+    if max_batch_tokens < max_sequences:
+        raise ConfigError(
+            f"max_batch_tokens ({max_batch_tokens}) must be at least max_sequences "
+            f"({max_sequences}), so that every running sequence advances in each step"
+        )
+
+
+def _as_batch(prompts: Prompts) -> list[str] | list[list[int]]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _params_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one each")
+    return list(params)
+
+
+def _load_tokenizer(tokenizer: Any, directory: Path | None) -> Any:
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    where = tokenizer if tokenizer is not None else directory
+    if where is None:
+        return None
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if tokenizer is None and not any((Path(where) / name).exists() for name in names):
+        return None
+    from transformers import AutoTokenizer  # takes a second, and token ids need none
+
+    try:
+        return AutoTokenizer.from_pretrained(str(where))
+    except Exception as error:
+        raise ConfigError(f"the tokenizer in {where} cannot be loaded: {error}") from error
+
+
+def _eos_token_ids(decoder: Decoder, tokenizer: Any, directory: Path | None) -> list[int]:
+    """All end-of-text tokens that the config, generation_config.json and the tokenizer name."""
+    ids = list(decoder.config.eos_token_ids())
+    path = None if directory is None else directory / "generation_config.json"
+    if path is not None and path.exists():
+        try:
+            named = json.loads(path.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a JSON object: {error}") from None
+        ids += named if isinstance(named, list) else [] if named is None else [named]
+    own = getattr(tokenizer, "eos_token_id", None)
+    ids += [] if own is None else [own]
+    return [i for i in dict.fromkeys(ids) if 0 <= i < decoder.config.vocab_size]
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
