@@ -124,11 +124,11 @@ class _Filler:
         self.descriptors: dict[Path, int] = {}
 
     def fill(self) -> None:
-        quantized = {
-            name: module
-            for name, module in self.decoder.named_modules()
-            if isinstance(module, CheckpointModule)
-        }
+        quantized: dict[str, CheckpointModule] = {}  # outermost ones: a stack of experts is one
+        for name, module in self.decoder.named_modules():
+            nested = any(name.startswith(f"{outer}.") for outer in quantized)
+            if isinstance(module, CheckpointModule) and not nested:
+                quantized[name] = module
         plain = [
             (name, owner, leaf)
             for name, owner, leaf in _tensors_of(self.decoder)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from serval.compress import CompressOptions, run
+from serval.errors import CheckpointError, ConfigError
+from serval.models import checkpoint
+from serval.models.batch import PackedBatch
+from tests.compress.toy import decoder, mla_decoder, moe_decoder
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model.logits(model(tokens, PackedBatch.from_lengths([len(tokens)])))
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return checkpoint.save(decoder(tie_word_embeddings=True), tmp_path / "source")
+
+
+@pytest.mark.parametrize("make", [decoder, moe_decoder, mla_decoder])
+@pytest.mark.parametrize("head", [False, True])
+def test_save_and_load_give_the_same_logits(tmp_path, make, head):
+    checkpoint.save(make(), tmp_path / "source")
+    options = CompressOptions(tmp_path / "source", tmp_path / "out", settings={"head": head})
+    result = run(options)
+    assert result.bytes_after < 0.7 * result.bytes_before
+    first = checkpoint.load(tmp_path / "out")
+    checkpoint.save(first, tmp_path / "again")
+    again = checkpoint.load(tmp_path / "again")
+    tokens = torch.arange(20)
+    assert torch.equal(logits(first, tokens), logits(again, tokens))
+    exact = logits(checkpoint.load(tmp_path / "source"), tokens)
+    assert (logits(first, tokens) - exact).norm() < 0.15 * exact.norm()
+    a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "again"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_tied_int8_table_round_trip(tmp_path, source):
+    result = run(CompressOptions(source, tmp_path / "out", settings={"head": True}))
+    assert result.kept == {}
+    model = checkpoint.load(tmp_path / "out")
+    exact = logits(checkpoint.load(source), torch.arange(20))
+    assert (logits(model, torch.arange(20)) - exact).norm() < 0.15 * exact.norm()
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
+
+
+def test_bfloat16_scales_are_stored_as_rounded(tmp_path):
+    checkpoint.save(decoder(), tmp_path / "source", dtype=torch.bfloat16)
+    run(CompressOptions(tmp_path / "source", tmp_path / "out"))
+    stored = load_file(tmp_path / "out/model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    assert stored[f"{name}.weight"].dtype == torch.int8
+    assert stored[f"{name}.weight_scale"].dtype == torch.bfloat16
+    weight = load_file(tmp_path / "source/model.safetensors")[f"{name}.weight"].float()
+    scale = stored[f"{name}.weight_scale"].float()
+    codes = (weight / scale).round().clamp(-128, 127)
+    assert torch.equal(stored[f"{name}.weight"], codes.to(torch.int8))
+
+
+def test_transformers_loads_the_same_weights(tmp_path, source):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    run(CompressOptions(source, tmp_path / "out"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = checkpoint.load(tmp_path / "out")
+    tokens = torch.arange(40)
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0]
+    # Both round activations to 8 bits, theirs by max/127.5 and ours by max/127.
+    exact = logits(checkpoint.load(source), tokens)
+    got = logits(ours, tokens)
+    assert (got - expected).norm() < 0.03 * expected.norm()
+    assert (got - exact).norm() < 0.15 * exact.norm()
+    # After its first forward transformers holds float weights: exactly our codes times scales.
+    for path in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
+        tensors = ours.get_submodule(path).checkpoint_tensors()
+        weight = theirs.model.get_submodule(path).weight
+        torch.testing.assert_close(weight, tensors["weight"] * tensors["weight_scale"])
+
+
+def test_nan_weight_is_named_and_nothing_is_written(tmp_path, source):
+    path = source / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(stored, path)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        run(CompressOptions(source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_is_not_overwritten_unless_forced(tmp_path, source):
+    out = tmp_path / "out"
+    run(CompressOptions(source, out))
+    with pytest.raises(ConfigError, match="--force"):
+        run(CompressOptions(source, out))
+    run(CompressOptions(source, out, force=True))
+    with pytest.raises(ConfigError, match="the model itself"):
+        run(CompressOptions(source, source, force=True))
+    with pytest.raises(ConfigError, match="already quantised"):
+        run(CompressOptions(out, tmp_path / "twice"))
+    with pytest.raises(ConfigError, match="no setting 'bits'"):
+        run(CompressOptions(source, tmp_path / "x", settings={"bits": 3}))
+    with pytest.raises(ConfigError, match="unknown compressor 'int3'"):
+        run(CompressOptions(source, tmp_path / "x", weights="int3"))
+
+
+def test_recipe_travels_with_the_model(tmp_path, source):
+    (source / "recipe.yaml").write_text("data: {}\n")
+    run(CompressOptions(source, tmp_path / "out"))
+    assert (tmp_path / "out/recipe.yaml").read_text() == "data: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config_groups": {}}, "config_groups is missing or empty"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({"quantization_status": "frozen"}, "quantization_status"),
+        ({"ignore": "lm_head"}, "ignore is 'lm_head'"),
+        ({"ignore": ["re:("]}, "not a regular expression"),
+        (
+            {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 3}}}},
+            "num_bits",
+        ),
+        ({"config_groups": {"group_0": 3}}, "group_0"),
+        ({"quant_method": "awq"}, "awq"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_named(tmp_path, source, change, message):
+    out = tmp_path / "out"
+    run(CompressOptions(source, out))
+    values = json.loads((out / "config.json").read_text())
+    values["quantization_config"].update(change)
+    (out / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=message):
+        checkpoint.load(out)
+
+
+def test_missing_scale_is_named(tmp_path, source):
+    out = tmp_path / "out"
+    run(CompressOptions(source, out))
+    stored = load_file(out / "model.safetensors")
+    del stored["model.layers.0.self_attn.k_proj.weight_scale"]
+    save_file(stored, out / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight_scale"):
+        checkpoint.load(out)
