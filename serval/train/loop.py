@@ -23,6 +23,7 @@ from serval.errors import ConfigError, ServalError
 from serval.models.decoder import Decoder
 from serval.optim import MixedOptimizer, Schedule
 from serval.train import checkpoint
+from serval.train.cpu import fast_linears, keep_freed_memory
 from serval.train.distributed import World, whole
 from serval.train.loss import LanguageModelLoss
 from serval.train.reporting import Callback, Metrics
@@ -118,7 +119,9 @@ class Trainer:
         peak = measured_peak(self.settings.dtype, self.world.device) * self.world.size
         for callback in self.callbacks:
             callback.on_train_start(self.step, self.decoder, self.optimizer)
-        with self._signal_handlers():
+        if self.world.device.type == "cpu":
+            keep_freed_memory()
+        with self._signal_handlers(), fast_linears(self.decoder):
             try:
                 while self.step < self.settings.steps and not self.interrupted:
                     self._one_step(peak)
@@ -189,9 +192,13 @@ class Trainer:
         return mean
 
     def _clip(self) -> float:
-        limit = self.settings.clip_norm or float("inf")
-        parameters = self.optimizer.parameters()
-        return float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
+        """Scale the gradient down to `clip_norm`; returns its norm before that."""
+        parameters = [p for p in self.optimizer.parameters() if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(whole(total))
+        if 0 < self.settings.clip_norm < norm:  # otherwise spare a pass over all gradients
+            nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, total)
+        return norm
 
     def validate(self) -> float:
         """Mean nll of the validation rows, over all ranks; told to the callbacks."""

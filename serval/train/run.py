@@ -60,10 +60,9 @@ def run(
     """
     recipe = load_recipe(recipe_path, overrides)
     world = World.join(recipe.train.device)
-    try:
-        return _run(recipe, world, fresh, callbacks, note, str(recipe_path))
-    finally:
-        world.leave()
+    result = _run(recipe, world, fresh, callbacks, note, str(recipe_path))
+    world.leave()  # not after an error: the others may wait for this process elsewhere
+    return result
 
 
 def _run(

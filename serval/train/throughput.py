@@ -10,6 +10,7 @@ import torch
 
 from serval.models.decoder import Decoder
 from serval.optim.groups import Role, route
+from serval.train.cpu import product
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def measured_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    (a @ b).sum().item()
+    product(a, b).sum().item()
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds:
         tick = time.perf_counter()
-        a @ b
+        product(a, b)
         sync()
         best = min(best, time.perf_counter() - tick)
     return 2.0 * size**3 / best

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from serval.errors import ConfigError
+from serval.models.config import MoEConfig
+from serval.models.decoder import Decoder
+from serval.optim import OptimizerOptions, Role, RoleOptions, build, route
+from tests.train.toy import toy_config
+
+MOE = MoEConfig(4, 2, 16, shared_intermediate_size=16, router_bias=True, expert_bias=True)
+
+
+def roles_of(model: nn.Module) -> dict[str, Role]:
+    return {named.name: named.role for named in route(model)}
+
+
+def test_every_parameter_of_a_decoder_has_one_role() -> None:
+    config = toy_config(moe=MOE, qkv_bias=True, attention_sinks=True, qk_norm=True)
+    model = Decoder(config)
+    roles = roles_of(model)
+    assert set(roles) == dict(model.named_parameters()).keys()
+    layer = "layers.0."
+    assert roles["embed_tokens.weight"] is Role.EMBEDDING
+    assert roles["lm_head.weight"] is Role.HEAD
+    assert roles["norm.weight"] is Role.NORM
+    assert roles[layer + "self_attn.q_norm.weight"] is Role.NORM
+    assert roles[layer + "self_attn.q_proj.weight"] is Role.HIDDEN_MATRIX
+    assert roles[layer + "self_attn.q_proj.bias"] is Role.BIAS
+    assert roles[layer + "self_attn.sinks"] is Role.BIAS
+    assert roles[layer + "mlp.gate.weight"] is Role.ROUTER
+    assert roles[layer + "mlp.gate.bias"] is Role.ROUTER_BIAS
+    assert roles[layer + "mlp.experts.gate_up_proj"] is Role.EXPERT_STACK
+    assert roles[layer + "mlp.experts.down_bias"] is Role.BIAS
+    assert roles[layer + "mlp.shared_experts.up_proj.weight"] is Role.HIDDEN_MATRIX
+
+
+def test_tied_head_is_an_embedding_and_listed_once() -> None:
+    roles = roles_of(Decoder(toy_config(tie_word_embeddings=True)))
+    assert roles["embed_tokens.weight"] is Role.EMBEDDING
+    assert Role.HEAD not in roles.values()
+
+
+def test_a_module_may_declare_roles_and_frozen_parameters_are_left_out() -> None:
+    class Mixer(nn.Module):
+        parameter_roles = {"kernel": Role.HIDDEN_MATRIX}  # noqa: RUF012
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.zeros(2, 3))
+            self.frozen = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
+
+    assert roles_of(Mixer()) == {"kernel": Role.HIDDEN_MATRIX}
+
+
+def test_an_unknown_matrix_is_an_error_that_names_it() -> None:
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(2, 3))
+
+    with pytest.raises(ConfigError, match=r"'inner\.table' of Unknown.*parameter_roles"):
+        route(nn.ModuleDict({"inner": Unknown()}))
+
+
+def test_roles_change_learning_rate_and_decay() -> None:
+    options = OptimizerOptions(
+        lr=0.1, weight_decay=0.5, roles={Role.EMBEDDING: RoleOptions(lr=2.0, weight_decay=0.25)}
+    )
+    optimizer = build("adamw", Decoder(toy_config()), options)
+    groups = {group["role"]: group for group in optimizer.param_groups}
+    assert groups["embedding"]["lr"] == pytest.approx(0.2)
+    assert groups["embedding"]["weight_decay"] == 0.25
+    assert groups["norm"]["weight_decay"] == 0.0
+    assert groups["hidden_matrix"]["weight_decay"] == 0.5
+    optimizer.set_multiplier(0.5)
+    assert groups["embedding"]["lr"] == pytest.approx(0.1)
+
+
+def test_muon_takes_hidden_matrices_and_says_so_about_expert_stacks() -> None:
+    notes: list[str] = []
+    model = Decoder(toy_config(moe=MOE))
+    optimizer = build("muon", model, OptimizerOptions(lr=1e-3, muon_lr=2e-2), notes.append)
+    muon, adamw = optimizer.optimizers
+    assert {group["role"] for group in muon.param_groups} == {"hidden_matrix"}
+    assert all(group["lr"] == 2e-2 for group in muon.param_groups)
+    assert "expert_stack" in {group["role"] for group in adamw.param_groups}
+    assert len(notes) == 1
+    assert "AdamW updates them" in notes[0]
+
+
+def test_unknown_optimizer_lists_the_choices() -> None:
+    with pytest.raises(ConfigError, match="unknown optimizer 'sgd'; choose one of: adamw, muon"):
+        build("sgd", Decoder(toy_config()), OptimizerOptions())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_materialising_state_moves_no_weight(name: str) -> None:
+    torch.manual_seed(0)
+    model = Decoder(toy_config())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = build(name, model, OptimizerOptions(lr=0.1))
+    optimizer.materialise_state()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    state = optimizer.state_tensors()
+    assert {key.split("|")[0] for key in state} == dict(model.named_parameters()).keys()
+    assert all(group["lr"] == group["base_lr"] for group in optimizer.param_groups)
