@@ -55,13 +55,13 @@ class Backend(Protocol):
     tokenizer: Any
     max_model_len: int
 
-    def generate(
+    async def generate(
         self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]
     ) -> Stream:
         """Start one prompt; `sampling` holds fields of `SamplingParams`.
 
-        Raises ServalError at once when the request is invalid. Must be called, like every method
-        of the stream, on the event loop's thread.
+        Raises ServalError when the request is invalid; then, and when cancelled, nothing runs. All
+        methods are called on the event loop's thread.
         """
         ...
 

@@ -63,7 +63,7 @@ class Generation:
             try:
                 for i, prompt in enumerate(self.prompts):
                     name = f"{self.request_id}-{i}"
-                    streams.append(self.backend.generate(name, prompt, self.sampling))
+                    streams.append(await self.backend.generate(name, prompt, self.sampling))
                 self.metrics.prompt_tokens.inc(self.prompt_tokens)
                 yield 0, None
                 finished = 0

@@ -31,7 +31,8 @@ class ServeOptions:
         cache_bytes: size of the KV cache (None: the engine decides).
         max_sequences: sequences computed together (None: the engine decides).
         max_in_flight: sequences accepted, running or waiting; more get 429.
-        max_body_bytes: larger bodies get 413. max_tokens: per answer (None: what the context holds).
+        max_body_bytes: larger bodies get 413.
+        max_tokens: most tokens of one answer (None: what the context holds).
         chat_template: a Jinja file that replaces the tokenizer's template.
         drain_seconds: time running requests get to finish after SIGTERM.
         engine: further keyword arguments of `serval.LLM`.

@@ -49,7 +49,7 @@ class ScriptedBackend:
         self.seen: list[Mapping[str, Any]] = []
         self.closed = False
 
-    def generate(
+    async def generate(
         self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]
     ) -> ScriptedStream:
         if self.refusal is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ def parse(text: str, cuts: list[int]) -> tuple[str, list[tuple[str, Any]]]:
     parser = ToolParser(["weather"])
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     content, calls = "", []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         more, found = parser.push(text[start:end])
         content, calls = content + more, calls + found
     more, found = parser.finish()
