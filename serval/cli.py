@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from serval.errors import ServalError
 
@@ -55,6 +56,164 @@ def train(
         sys.exit(130)
 
 
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    kv: Annotated[str, typer.Option(help="Cache layout; see `serval methods`.")] = "full",
+    text: Annotated[
+        str | None, typer.Option(help="Held-out text: a folder, file or JSONL (default: stdlib).")
+    ] = None,
+    text_tokens: Annotated[
+        int, typer.Option(help="Tokens scored for perplexity; 0: none.")
+    ] = 32768,
+    tasks: Annotated[
+        str | None, typer.Option(help="Retrieval tasks, comma-separated; '' for none.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Context lengths in tokens, comma-separated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Questions per length and depth band.")] = 4,
+    reference: Annotated[
+        str | None, typer.Option(help="Model to compare next-token predictions with.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for result.json and plots.")] = None,
+    json_path: Json = None,
+    seed: Annotated[int, typer.Option(help="Seed of the generated tasks.")] = 0,
+) -> None:
+    """Measure perplexity on held-out text and retrieval from long contexts."""
+    from serval.evaluate import EvalOptions, report, run
+    from serval.evaluate.progress import progress_bar
+
+    chosen = {} if tasks is None else {"tasks": _names(tasks)}
+    options = EvalOptions(
+        model,
+        kv=kv,
+        text=text,
+        text_tokens=text_tokens,
+        lengths=None if lengths is None else [int(n) for n in _names(lengths)],
+        samples=samples,
+        reference=reference,
+        lm_eval=_names(lm_eval or ""),
+        seed=seed,
+        **chosen,  # type: ignore[arg-type]
+    )
+    with progress_bar(Console(stderr=True)) as progress:
+        result = run(options, progress)
+    report.print_result(result)
+    if out is not None:
+        for path in report.write(result, out):
+            print(f"wrote {path}")
+    if json_path is not None:
+        report.write_json(result.to_dict(), json_path)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    weights: Annotated[str, typer.Option(help="Method; see `serval methods`.")] = "int8",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method: --set head=true")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    json_path: Json = None,
+) -> None:
+    """Quantise a checkpoint's weights into a standard checkpoint directory."""
+    from serval.compress import CompressOptions, run
+    from serval.evaluate.progress import progress_bar
+    from serval.evaluate.report import write_json
+
+    options = CompressOptions(model, out, weights, _settings(settings or []), force)
+    with progress_bar(Console(stderr=True)) as progress:
+        result = run(options, lambda done, total, name: progress("compressing", done, total))
+    saved = result.bytes_before / result.bytes_after
+    print(
+        f"wrote {result.directory}: {result.bytes_before / 1e6:.1f} MB to "
+        f"{result.bytes_after / 1e6:.1f} MB ({saved:.2f}x smaller), "
+        f"{len(result.quantised)} modules in {weights}, {result.seconds:.1f} s"
+    )
+    for module, why in result.kept.items():
+        print(f"kept in float: {module} ({why})")
+    if json_path is not None:
+        write_json(result.to_dict(), json_path)
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name for clients; may be given several times.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="SERVAL_API_KEY", help="Require this key.")
+    ] = None,
+    kv: Annotated[str, typer.Option(help="Cache layout; see `serval methods`.")] = "full",
+    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
+    cache_bytes: Annotated[int | None, typer.Option(help="Size of the KV cache.")] = None,
+    max_sequences: Annotated[int | None, typer.Option(help="Sequences computed together.")] = None,
+    max_in_flight: Annotated[
+        int, typer.Option(help="Sequences running or waiting; more get 429.")
+    ] = 256,
+    max_body_bytes: Annotated[int, typer.Option(help="Larger bodies get 413.")] = 8 * 2**20,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of one answer.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file to use instead.")] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(help="Time running requests get after SIGTERM.")
+    ] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve a model behind an OpenAI-compatible API, with a chat page at /."""
+    from serval.server.serve import ServeOptions, run
+
+    options = ServeOptions(
+        model,
+        host=host,
+        port=port,
+        served_model_name=served_model_name or [],
+        api_key=api_key or [],
+        kv=kv,
+        max_model_len=max_model_len,
+        cache_bytes=cache_bytes,
+        max_sequences=max_sequences,
+        max_in_flight=max_in_flight,
+        max_body_bytes=max_body_bytes,
+        max_tokens=max_tokens,
+        chat_template=chat_template,
+        drain_seconds=drain_seconds,
+        log_level=log_level,
+    )
+    sys.exit(run(options))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="A benchmark, 'all', or 'table' (see --readme).")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="For 'table': result files to tabulate.")
+    ] = None,
+    json_path: Json = None,
+    quick: Annotated[bool, typer.Option(help="Tiny shapes, to see that it works.")] = False,
+    only: Annotated[str | None, typer.Option(help="Cases whose name contains this.")] = None,
+    readme: Annotated[Path, typer.Option(help="For 'table': the file to update.")] = Path(
+        "README.md"
+    ),
+) -> None:
+    """Run a benchmark: a peer and Serval in turn, with ratio, spread and fraction of the floor."""
+    from serval import bench as room
+
+    if name == "table":
+        from serval.bench.table import update_readme
+
+        update_readme(files or [], readme)
+    else:
+        room.run(name, json_path, quick, only)
+
+
 @app.command()
 def generate(
     model: Model,
@@ -69,6 +228,25 @@ def generate(
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     print(LLM(model, kv=kv).generate(prompt, params)[0].outputs[0].text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _settings(pairs: list[str]) -> dict[str, object]:
+    """`key=value` strings to a dict, values written as in YAML."""
+    import yaml
+
+    from serval.errors import ConfigError
+
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise ConfigError(f"--set takes key=value, got {pair!r}")
+        found[key.strip()] = yaml.safe_load(value)
+    return found
 
 
 if __name__ == "__main__":
