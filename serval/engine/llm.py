@@ -238,12 +238,9 @@ def _check_limits(
         )
 
 
-def _as_batch(prompts: Prompts) -> list[str] | list[list[int]]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+def _as_batch(prompts: Prompts) -> list[Any]:
+    single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
+    return [prompts] if single else list(prompts)
 
 
 def _params_per_prompt(

@@ -151,6 +151,16 @@ class Sequence:
         return other
 
     @property
+    def adjusts_logits(self) -> bool:
+        """Whether the sampler must change this sequence's logits before it chooses."""
+        return (
+            self.constraint is not None
+            or self.counts is not None
+            or self.params.logit_bias is not None
+            or self.num_output < self.params.min_tokens
+        )
+
+    @property
     def tokens(self) -> np.ndarray:
         """int64 [length]: prompt and output, a view."""
         return self._tokens[: self.length]

@@ -8,6 +8,8 @@ alone, makes the text independent of whatever else is in the batch.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from serval.engine.request import Logprob, Sequence
 _FIRST_CANDIDATES = 512  # top-p seldom needs more; a row that does is sorted completely
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[dict[int, Logprob]]]:
     """Choose the next token of each sequence.
 
@@ -27,10 +30,11 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[d
     wanted = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
     raw = logits[wanted].log_softmax(-1) if wanted else None  # before anything changes them
     for row, sequence in enumerate(sequences):
-        _adjust(logits[row], sequence)
+        if sequence.adjusts_logits:
+            _adjust(logits[row], sequence)
     best, greedy = logits.max(-1)
     tokens: list[int] = greedy.tolist()
-    failed = (~torch.isfinite(best)).nonzero()[:, 0].tolist()
+    failed = [i for i, value in enumerate(best.tolist()) if not math.isfinite(value)]
     drawn = [i for i, s in enumerate(sequences) if not s.params.greedy]
     if drawn:
         every = len(drawn) == len(sequences)
@@ -45,10 +49,10 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[d
         tokens[i] = -1
     found: list[dict[int, Logprob]] = [{} for _ in sequences]
     if raw is not None:
-        for row, i in enumerate(wanted):
-            count = sequences[i].params.logprobs or 0
-            if tokens[i] >= 0:
-                found[i] = token_logprobs(raw[row], tokens[i], count)
+        counts = [sequences[i].params.logprobs or 0 for i in wanted]
+        entries = token_logprobs(raw, [tokens[i] for i in wanted], counts)
+        for i, entry in zip(wanted, entries, strict=True):
+            found[i] = entry
     return tokens, found
 
 
@@ -146,21 +150,32 @@ def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def token_logprobs(row: Tensor, token: int, count: int) -> dict[int, Logprob]:
-    """The chosen token's entry, then those of the `count` best; row: log-probabilities [V]."""
-    own = float(row[token])
-    found = {token: Logprob(own, int((row > row[token]).sum()) + 1)}
-    if count:
-        values, ids = row.topk(min(count, len(row)))
-        best = zip(ids.tolist(), values.tolist(), strict=True)
-        for rank, (other, value) in enumerate(best, start=1):
-            found.setdefault(other, Logprob(value, rank))
-    return found
+def token_logprobs(
+    logprobs: Tensor, tokens: list[int], counts: list[int]
+) -> list[dict[int, Logprob]]:
+    """Per row of log-probabilities [R, V]: the token's entry, then those of the `count` best."""
+    if not tokens:
+        return []
+    chosen = torch.tensor(tokens, device=logprobs.device).clamp_(min=0)[:, None]
+    own = logprobs.gather(1, chosen)
+    ranks = ((logprobs > own).sum(-1) + 1).tolist()
+    width = min(max(counts), logprobs.shape[-1])
+    values, ids = logprobs.topk(width)  # [R, width]
+    best = zip(ids.tolist(), values.tolist(), strict=True)
+    entries = []
+    for token, count, value, rank, (others, theirs) in zip(
+        tokens, counts, own[:, 0].tolist(), ranks, best, strict=True
+    ):
+        entry = {token: Logprob(value, rank)}
+        for place in range(min(count, width)):
+            entry.setdefault(others[place], Logprob(theirs[place], place + 1))
+        entries.append(entry)
+    return entries
 
 
 def prompt_logprobs(
     logits: Tensor, targets: np.ndarray, count: int
 ) -> list[dict[int, Logprob] | None]:
     """Entries for consecutive prompt tokens: logits [R, V] of the rows before `targets` [R]."""
-    logprobs = logits.log_softmax(-1)
-    return [token_logprobs(logprobs[i], int(t), count) for i, t in enumerate(targets)]
+    tokens = targets.tolist()
+    return [*token_logprobs(logits.log_softmax(-1), tokens, [count] * len(tokens))]

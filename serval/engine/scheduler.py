@@ -77,9 +77,12 @@ class Scheduler:
             if budget == 0:
                 break
             count = min(sequence.remaining, budget)
+            before = self.preemptions
             if self._make_room(sequence, count, planned):
                 self._plan(sequence, count, planned)
-            budget = self.max_batch_tokens - sum(work.count for work in planned.values())
+                budget -= count
+            if self.preemptions != before:  # a planned latecomer may have given up its share
+                budget = self.max_batch_tokens - sum(work.count for work in planned.values())
         if self.preemptions == preempted:
             self._admit(budget, planned)
         return list(planned.values())

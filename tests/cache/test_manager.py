@@ -1,0 +1,232 @@
+"""The pool and the tables under random use: the books agree after every action."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from serval.cache.manager import CacheManager, Group, SequenceCache
+from serval.cache.pool import BlockPool, chain_key
+from serval.errors import CacheError
+
+SIZE = 4
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences of tokens from a small alphabet, so that prefixes meet often. `contents` mimics the
+    storage: what was written into every block of every group."""
+
+    @initialize(blocks=st.integers(2, 12), groups=st.integers(1, 3), shared=st.booleans())
+    def start(self, blocks: int, groups: int, shared: bool) -> None:
+        pool = BlockPool(blocks)
+        pools = [pool if shared else BlockPool(blocks) for _ in range(groups)]
+        self.contents = [np.full((blocks, SIZE), -1) for _ in range(groups)]
+        self.manager = CacheManager(
+            [
+                Group(pool, lambda source, to, data=data: data.__setitem__(to, data[source]))
+                for pool, data in zip(pools, self.contents, strict=True)
+            ],
+            SIZE,
+        )
+        self.live: list[tuple[SequenceCache, list[int]]] = []
+        self.freed: list[SequenceCache] = []
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
+    def add(self, tokens: list[int]) -> None:
+        cache = self.manager.create()
+        hits = self.manager.match_prefix(cache, np.array(tokens))
+        assert hits % SIZE == 0
+        assert hits < len(tokens)
+        self.live.append((cache, tokens[:hits]))
+        self.check_contents(cache, tokens[:hits])
+        self.extend(len(self.live) - 1, tokens[hits:])
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), max_size=9))
+    def append(self, data: st.DataObject, tokens: list[int]) -> None:
+        self.extend(data.draw(st.integers(0, len(self.live) - 1)), tokens)
+
+    def extend(self, index: int, tokens: list[int]) -> None:
+        cache, known = self.live[index]
+        before = [table.ids.tolist() for table in cache.tables]
+        possible = self.manager.can_append(cache, len(tokens))
+        try:
+            self.manager.append(cache, len(tokens))
+        except CacheError:
+            assert not possible
+            assert before == [table.ids.tolist() for table in cache.tables]
+            assert cache.num_tokens == len(known)
+            return
+        assert possible
+        for offset, token in enumerate(tokens, start=len(known)):
+            for table, storage in zip(cache.tables, self.contents, strict=True):
+                storage[table[offset // SIZE], offset % SIZE] = token
+        self.live[index] = (cache, known + tokens)
+        self.manager.commit(cache, np.array(known + tokens))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        cache, known = data.draw(st.sampled_from(self.live))
+        self.live.append((self.manager.fork(cache), list(known)))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.live) - 1))
+        cache, known = self.live[index]
+        keep = data.draw(st.integers(0, len(known)))
+        self.manager.truncate(cache, keep)
+        self.live[index] = (cache, known[:keep])
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.live) - 1))
+        cache, known = self.live[index]
+        self.manager.reset(cache)
+        hits = self.manager.match_prefix(cache, np.array(known)) if known else 0
+        self.live[index] = (cache, known[:hits])
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.live) - 1))
+        cache, _ = self.live.pop(index)
+        self.manager.free(cache)
+        with pytest.raises(CacheError):
+            self.manager.free(cache)
+
+    @rule()
+    def drop(self) -> None:
+        for group in self.manager.groups:
+            group.pool.drop_cached()
+
+    def check_contents(self, cache: SequenceCache, known: list[int]) -> None:
+        for table, storage in zip(cache.tables, self.contents, strict=True):
+            stored = storage[table.ids].ravel()[: len(known)].tolist()
+            assert stored == known
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "manager"):
+            self.manager.check_integrity()
+            for cache, known in self.live:
+                assert cache.num_tokens == len(known)
+                self.check_contents(cache, known)
+
+    def teardown(self) -> None:
+        if hasattr(self, "manager"):
+            for cache, _ in self.live:
+                self.manager.free(cache)
+            self.manager.check_integrity()
+            assert self.manager.used_blocks == 0
+
+
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def one_pool(blocks: int = 8, **options: bool) -> CacheManager:
+    return CacheManager([Group(BlockPool(blocks), lambda a, b: None)], SIZE, **options)
+
+
+def filled(manager: CacheManager, tokens: np.ndarray) -> SequenceCache:
+    cache = manager.create()
+    manager.match_prefix(cache, tokens)
+    manager.append(cache, len(tokens) - cache.num_tokens)
+    manager.commit(cache, tokens)
+    return cache
+
+
+def test_prefix_survives_its_owner_and_leaves_one_token() -> None:
+    manager, tokens = one_pool(), np.arange(8)
+    manager.free(filled(manager, tokens))
+    assert manager.match_prefix(manager.create(), tokens) == 4  # not 8: one token must be computed
+    assert manager.match_prefix(manager.create(), np.arange(9)) == 8
+    assert manager.match_prefix(manager.create(), np.arange(1, 9)) == 0
+
+
+def test_same_block_after_another_prefix_is_another_block() -> None:
+    manager = one_pool()
+    manager.free(filled(manager, np.array([1, 1, 1, 1, 2, 2, 2, 2, 3])))
+    assert manager.match_prefix(manager.create(), np.array([2, 2, 2, 2, 3])) == 0
+    assert chain_key(b"", np.arange(4)) != chain_key(chain_key(b"", np.arange(4)), np.arange(4))
+
+
+def test_least_recently_released_is_evicted_first() -> None:
+    manager = one_pool(4)
+    old, new = np.full(5, 7), np.full(5, 8)
+    manager.free(filled(manager, old))
+    manager.free(filled(manager, new))
+    cache = manager.create()
+    manager.append(cache, 3 * SIZE)  # 4 blocks: 2 blank, then the oldest cached one
+    assert manager.groups[0].pool.evictions == 1
+    assert manager.match_prefix(manager.create(), old) == 0
+    assert manager.match_prefix(manager.create(), new) == SIZE
+
+
+def test_fork_copies_only_when_one_side_writes() -> None:
+    copies = []
+    pool = BlockPool(8)
+    manager = CacheManager([Group(pool, lambda a, b: copies.append((a, b)))], SIZE)
+    cache = filled(manager, np.arange(6))
+    child = manager.fork(cache)
+    assert pool.num_used == 2
+    manager.append(child, 1)
+    assert len(copies) == 1
+    assert cache.tables[0][0] == child.tables[0][0]
+    assert cache.tables[0][1] != child.tables[0][1]
+    manager.append(cache, 1)  # now the only holder: written in place
+    assert len(copies) == 1
+
+
+def test_without_prefix_caching_nothing_is_kept() -> None:
+    manager = one_pool(prefix_caching=False)
+    manager.free(filled(manager, np.arange(9)))
+    assert manager.match_prefix(manager.create(), np.arange(9)) == 0
+
+
+def test_misuse_is_refused() -> None:
+    manager = one_pool(2)
+    cache = manager.create()
+    with pytest.raises(CacheError, match="are free"):
+        manager.append(cache, 9)
+    with pytest.raises(CacheError, match="truncate"):
+        manager.truncate(cache, 1)
+    with pytest.raises(CacheError, match="at least one block"):
+        BlockPool(0)
+    pool = BlockPool(1)
+    with pytest.raises(CacheError, match="blank"):
+        pool.acquire(0)
+    block = pool.allocate()
+    with pytest.raises(CacheError, match="in use"):
+        pool.allocate()
+    pool.release(block)
+    with pytest.raises(CacheError, match="more often"):
+        pool.release(block)
+
+
+@pytest.mark.parametrize("damage", ["leak", "double", "lost", "key"])
+def test_integrity_check_sees_damage(damage: str) -> None:
+    manager = one_pool()
+    pool = manager.groups[0].pool
+    cache = filled(manager, np.arange(9))
+    if damage == "leak":
+        pool.acquire(cache.tables[0][0])
+    elif damage == "double":
+        pool._blank.append(cache.tables[0][0])
+    elif damage == "lost":
+        pool._blank.pop()
+    else:
+        pool._key_of[cache.tables[0][2]] = "wrong"
+    with pytest.raises(CacheError):
+        manager.check_integrity()
