@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from random import Random
 from typing import Any
 
 import torch
@@ -93,6 +95,44 @@ def cut(
     if not windows:
         raise DataError("the text is too short to score: no document has two tokens")
     return windows
+
+
+def spread(
+    documents: Iterable[Sequence[int]],
+    window: int,
+    stride: int | None,
+    max_tokens: int,
+    seed: int = 0,
+) -> list[Window]:
+    """As `cut`, but drawing windows from all over the text: one of every document in turn, so that
+    few tokens do not mean few documents. Stops reading at eight times what is needed."""
+    rng = Random(f"windows/{seed}")
+    per_document: list[list[Window]] = []
+    read = 0
+    for document in documents:
+        if len(document) > 1:
+            pieces = cut([document], window, stride)
+            rng.shuffle(pieces)
+            per_document.append(pieces)
+            read += len(document)
+        if read >= 8 * max_tokens:
+            break
+    rng.shuffle(per_document)
+    chosen: list[Window] = []
+    room = max_tokens
+    for turn in zip_longest(*per_document):
+        for piece in turn:
+            if piece is None:
+                continue
+            if piece.scored > room:
+                piece = Window(piece.tokens[: piece.scored_from + room], piece.scored_from)
+            chosen.append(piece)
+            room -= piece.scored
+            if room == 0:
+                return chosen
+    if not chosen:
+        raise DataError("the text is too short to score: no document has two tokens")
+    return chosen
 
 
 def pack(windows: Sequence[Window], tokens: int) -> list[list[Window]]:

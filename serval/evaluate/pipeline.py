@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from time import perf_counter
 from typing import Any
 
@@ -101,9 +102,14 @@ class Evaluator:
             self.texts = evaluation_texts(options.text, directory)
         self.windows: list[perplexity.Window] = []
         if options.text_tokens:
-            documents = perplexity.tokenize(self.texts, self.tokenizer)
-            self.windows = perplexity.cut(
-                documents, self.window, options.stride, options.text_tokens
+            texts = list(self.texts)
+            Random(f"texts/{options.seed}").shuffle(texts)
+            self.windows = perplexity.spread(
+                perplexity.tokenize(texts, self.tokenizer),
+                self.window,
+                options.stride,
+                options.text_tokens,
+                options.seed,
             )
         self.questions = self._questions() if options.tasks else []
 

@@ -29,4 +29,13 @@ def moe_decoder(**changes: object) -> Decoder:
 
 def mla_decoder() -> Decoder:
     mla = MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12)
-    return decoder(mla=mla, family="deepseek_v3")
+    moe = MoEConfig(
+        num_experts=4,
+        top_k=2,
+        intermediate_size=36,
+        scoring="sigmoid",
+        norm_topk_prob=True,
+        selection_bias=True,
+        shared_intermediate_size=36,
+    )
+    return decoder(mla=mla, moe=moe, moe_layers=[False, True], family="deepseek_v3")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serval.errors import DataError, RequestError
-from serval.evaluate.perplexity import cut, pack, score
+from serval.evaluate.perplexity import cut, pack, score, spread
 from serval.evaluate.scorer import Scorer
 from serval.models.batch import PackedBatch
 from tests.evaluate.toy import tokens, toy_decoder
@@ -37,6 +37,20 @@ def test_every_token_but_the_first_is_scored_once(lengths, window, data):
             whole = w.tokens[0] % 100 == 0  # starts its document
             assert whole or w.scored_from >= min(window - stride, w.scored_from)
             assert whole or len(w.tokens) == window or limit is not None
+
+
+@pytest.mark.parametrize("stride", [None, 4])
+def test_spread_reads_every_document_and_scores_no_token_twice(stride):
+    documents = [list(range(100 * d, 100 * d + 30)) for d in range(6)]
+    few = spread(documents, 8, stride, 40)
+    assert sum(w.scored for w in few) == 40
+    assert {w.tokens[0] // 100 for w in few} == set(range(6))
+    every = spread(documents, 8, stride, 10_000)
+    scored = [t for w in every for t in w.tokens[w.scored_from :]]
+    assert sorted(scored) == [t for d in documents for t in d[1:]]
+    assert spread(documents, 8, stride, 40) == few
+    with pytest.raises(DataError, match="too short"):
+        spread([[3], []], 8, stride, 40)
 
 
 def test_packs_keep_order_and_budget():
