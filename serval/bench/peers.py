@@ -112,10 +112,10 @@ class TransformersEngine:
             self.cache = StaticCache(config, max_cache_len=context + room)
         else:
             self.cache = DynamicCache(config=config)
-        generator = torch.Generator().manual_seed(0)
+        states = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(0))
         for layer in range(config.num_hidden_layers):
-            key = torch.empty(shape).normal_(generator=generator)
-            self.cache.update(key, key, layer)
+            self.cache.update(states, states, layer)  # copies them
+        del states
         self.batch, self.context = batch, context
         self._step(self._tokens())
         self._rewind(1)
@@ -244,7 +244,7 @@ class LlamaCppEngine:
 
     def fill(self, batch: int, context: int, room: int) -> None:
         self.open(batch, context + room)
-        state = self._state(context)
+        state = self._state(batch, context)
         for sequence in range(batch):
             buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
             api = self.api
@@ -253,13 +253,14 @@ class LlamaCppEngine:
         self.batch, self.context = batch, context
         self.decode(1)
 
-    def _state(self, context: int) -> bytearray:
+    def _state(self, batch: int, context: int) -> bytearray:
         """A sequence's cache of `context` tokens, computed once and kept on disk: a prompt of 8,192
-        tokens takes minutes, and what the numbers are makes no difference to the speed."""
+        tokens takes minutes, and what the numbers are makes no difference to the speed. (A state
+        fits only contexts for the same number of sequences.)"""
         api = self.api
         version = getattr(__import__("llama_cpp"), "__version__", "0")
         stem = os.path.basename(self.path).rpartition("-")[0]
-        path = cache_directory() / f"{stem}-{context}-{version}.state"
+        path = cache_directory() / f"{stem}-{batch}x{context}-{version}.state"
         if not path.exists():
             self.prompt(0, random_tokens(self.config, 1, context)[0].tolist())
             size = api.llama_state_seq_get_size(self.context_handle, 0)

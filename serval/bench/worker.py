@@ -7,8 +7,10 @@ memory and ends the largest ones when they do not.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ class Worker:
         theirs.close()
         self._pipe = ours
         self._name = target
+        self.prepared_for: object = None  # for whoever uses it: what state it was put in
         try:
             self._ask(("make", target, arguments))
         except BaseException:
@@ -165,5 +168,12 @@ def _serve(pipe: Connection) -> None:
         pipe.send(answer)
 
 
+def _end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     _serve(Connection(int(sys.argv[1])))

@@ -170,7 +170,7 @@ def test_a_worker_keeps_its_object_and_passes_errors_on() -> None:
     assert worker.peak_bytes() >= worker.resident_bytes() > 0
     with pytest.raises(WorkerError, match="ValueError: wrong"):
         worker.call("fail")
-    with pytest.raises(WorkerError, match=r"code 3.*last words"):
+    with pytest.raises(WorkerError, match=r"(?s)code 3.*last words"):
         worker.call("die")
     worker.close()
     with pytest.raises(MissingPeerError, match="engine is not installed; run: pip install it"):

@@ -1,0 +1,118 @@
+"""Serval behind the calls that decode and prefill measure (see `peers.py`).
+
+Decode steps are whole engine steps: schedule, run, sample greedily, deliver.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serval.bench.peers import Stopwatch, random_tokens
+from serval.bench.shapes import SHAPES, fill_parameters, fill_tensor, random_block
+from serval.cache.memory import cache_bytes_per_token
+from serval.compress.registry import COMPRESSORS
+from serval.engine.llm import LLM
+from serval.engine.request import SamplingParams
+from serval.models.decoder import Decoder
+from serval.registry import resolve
+
+BLOCK = 32  # tokens of a cache block
+
+
+class ServalEngine:
+    """Serval with random weights of `shape`.
+
+    weights: None for float32, or a key of COMPRESSORS (head included). kv: cache layout.
+    """
+
+    def __init__(self, shape: str, weights: str | None = None, kv: str = "full") -> None:
+        torch.set_grad_enabled(False)
+        self.config, self.kv = SHAPES[shape], kv
+        with torch.device("meta"):
+            decoder = Decoder(self.config)
+        self.decoder = decoder.to_empty(device="cpu").eval()
+        fill_parameters(self.decoder)
+        if weights is not None:
+            resolve(COMPRESSORS, weights, "compressor")(head=True).compress(self.decoder)
+        self.llm: LLM | None = None
+
+    def _open(self, batch: int, length: int) -> LLM:
+        self.llm = None  # frees the earlier cache first
+        specs = self.decoder.attention_layers
+        per_token = cache_bytes_per_token(specs, self.kv, torch.float32)
+        blocks = batch * (length // BLOCK + 1) + 1
+        self.llm = LLM(
+            self.decoder,
+            kv=self.kv,
+            max_model_len=length,
+            cache_bytes=blocks * BLOCK * per_token,
+            block_size=BLOCK,
+            max_sequences=batch,
+            prefix_caching=False,
+        )
+        return self.llm
+
+    def fill(self, batch: int, context: int, room: int) -> None:
+        """Caches of random keys and values; no prompt is computed."""
+        llm = self._open(batch, context + room + 1)
+        for layout in llm.engine.memory.layouts:
+            for tensors in layout.storage:
+                for tensor in tensors:
+                    _randomise(tensor)
+        self.batch, self.context, self.room = batch, context, room
+        self.decode(1)
+
+    def _start(self) -> LLM:
+        """`batch` sequences that look as if `context` tokens of each were computed."""
+        assert self.llm is not None
+        engine = self.llm.engine
+        engine.abort_all("next round")
+        params = SamplingParams(max_tokens=self.room, temperature=0.0, ignore_eos=True)
+        prompts = random_tokens(self.config, self.batch, self.context + 1)
+        for tokens in prompts.tolist():
+            sequence = engine.add_request(tokens, params).sequences[0]
+            engine.scheduler.waiting.remove(sequence)
+            engine.manager.append(sequence.cache, self.context)
+            engine.scheduler.add_running(sequence)
+        return self.llm
+
+    def decode(self, steps: int) -> tuple[float, float]:
+        engine = self._start().engine
+        watch = Stopwatch()
+        for _ in range(steps):
+            engine.step()
+        taken = watch.read()
+        engine.manager.check_integrity()
+        return taken
+
+    def prefill(self, batch: int, length: int) -> tuple[float, float]:
+        llm = self._open(batch, length + 1)
+        prompts = random_tokens(self.config, batch, length).tolist()
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        watch = Stopwatch()
+        llm.generate(prompts, params)
+        return watch.read()
+
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers, each counted once."""
+        tensors = [*self.decoder.parameters(), *self.decoder.buffers()]
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values per token, all layers."""
+        assert self.llm is not None
+        return self.llm.memory.block_bytes // BLOCK
+
+
+def _randomise(tensor: Tensor) -> None:
+    """Plausible stored values: codes for integers, normal numbers or small positive scales for
+    floats (scales have no axis of channels)."""
+    if tensor.dtype == torch.int8:
+        codes = np.random.default_rng(0).integers(-127, 128, 1 << 20, dtype=np.int8)
+        fill_tensor(tensor, torch.from_numpy(codes))
+    elif tensor.dim() == 3:
+        tensor.fill_(0.02)
+    else:
+        fill_tensor(tensor, torch.from_numpy(random_block(std=1.0)).to(tensor.dtype))

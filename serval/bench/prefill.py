@@ -1,0 +1,81 @@
+"""Prefill tokens/s at the Llama-3.2-1B shape with random weights, against transformers and
+llama.cpp.
+
+A measured unit is the whole call: `batch` prompts of `context` tokens, from nothing to their first
+token. Floor: the products of the weights and of causal attention at the measured roof of float32
+matrix products; int8 may lie above 100 % of it.
+"""
+
+from __future__ import annotations
+
+from serval.bench.harness import Case, Sample, Setup, compare, paired_rounds
+from serval.bench.language_models import Bench, EngineSpec, llama_cpp, serval, transformers
+from serval.bench.machine import matmul_roof
+from serval.bench.shapes import SHAPES, attention_flops, head_parameters, linear_parameters
+from serval.bench.worker import Worker, WorkerPool
+from serval.models.config import ModelConfig
+
+
+def engines(threads: int) -> dict[str, tuple[EngineSpec, list[EngineSpec]]]:
+    """Ours by the word that case names begin with, each with its peers."""
+    return {
+        "float32": (
+            serval("float32"),
+            [transformers("dynamic"), llama_cpp("F16", threads)],
+        ),
+        "int8": (serval("int8", weights="int8"), [llama_cpp("Q8_0", threads)]),
+    }
+
+
+def prompt_flops(config: ModelConfig, batch: int, length: int) -> float:
+    """FLOPs that `batch` prompts need: every weight for every token, the head for the last."""
+    each = 2.0 * (linear_parameters(config) * length + head_parameters(config))
+    return batch * (each + attention_flops(config, length))
+
+
+def collect(setup: Setup) -> list[Case]:
+    """All cases: batch 1 and 8, prompts of 512 and 8192 tokens; the longer, the fewer rounds."""
+    import torch
+
+    threads = torch.get_num_threads()
+    shape = "llama-1b"
+    contexts: tuple[int, ...] = (512, 8192)
+    if setup.quick:
+        shape, contexts = "tiny", (64,)
+    config, compared = SHAPES[shape], engines(threads)
+    cases: list[Case] = []
+    with WorkerPool(threads) as pool:
+        bench = Bench(shape, config, pool)
+        for batch in (1, 8):
+            for context in contexts:
+                rounds = 1 if setup.quick else max(1, min(5, 8192 // (batch * context)))
+                names = {
+                    kind: f"{kind}-{shape}-prefill-batch{batch}-ctx{context}" for kind in compared
+                }
+                chosen = {k: compared[k] for k, name in names.items() if setup.wants(name)}
+                if not chosen:
+                    continue
+                setup.note(", ".join(names[kind] for kind in chosen))
+
+                def work(worker: Worker, batch: int = batch, context: int = context) -> Sample:
+                    return Sample(*worker.call("prefill", batch, context))
+
+                def warm(worker: Worker) -> None:
+                    worker.call("prefill", 1, 32)
+
+                specs = {s.label: s for ours, peers in chosen.values() for s in (ours, *peers)}
+                contestants = [
+                    bench.contestant(spec, batch, context, work, warm) for spec in specs.values()
+                ]
+                outcomes = paired_rounds(contestants, rounds, setup.note)
+                floor = None
+                if not setup.quick:
+                    floor = prompt_flops(config, batch, context) / matmul_roof()
+                for kind, (spec, peers) in chosen.items():
+                    for peer in peers:
+                        pair = outcomes[spec.label], outcomes[peer.label]
+                        metrics = bench.metrics(*pair, batch * context)
+                        cases.append(
+                            compare(names[kind], *pair, floor_seconds=floor, metrics=metrics)
+                        )
+    return cases
