@@ -76,7 +76,7 @@ static INLINE float soften(float* s, int64_t from, int64_t to, bool edge, const 
     if (value_scale) e *= load(value_scale + j * W);
     store(s + j * W, e);
   }
-  float past = m == LOWEST ? 0.0f : std::exp(m - high);
+  float past = m == high ? 1.0f : m == LOWEST ? 0.0f : std::exp(m - high);
   l = l * past + sum(total);
   m = high;
   return past;
@@ -87,7 +87,9 @@ static void run_task(const Attention& a, const Task& t, float* partial_m, float*
   const int64_t group = a.heads / a.kv_heads, rows = t.count * group, depth = a.q_dim + a.q2_dim;
   const int64_t dp = round_up(depth, W), vp = round_up(a.v_dim, W);
   const bool packed = rows >= 24 && dp < 256;  // many rows: transpose the keys once; else dot products in place
-  const bool direct_k = sizeof(T) == 4 && dp == depth, direct_v = sizeof(T) == 4 && vp == a.v_dim;
+  // Rows are used as they lie in the cache unless their length is odd, or they are int8 and used often.
+  const bool direct_k = dp == depth && (sizeof(T) == 4 || !packed);
+  const bool direct_v = vp == a.v_dim && (sizeof(T) == 4 || rows < 24);
   int64_t need = rows * (dp + KEYS + vp + 3 * 32) + KEYS * (2 * dp + vp) + 2 * KEYS + 1024;
   if ((int64_t)scratch.memory.size() < need + 16) scratch.memory.resize(need + 16);
   float* cursor = (float*)(((uintptr_t)scratch.memory.data() + 63) & ~(uintptr_t)63);
@@ -113,39 +115,47 @@ static void run_task(const Attention& a, const Task& t, float* partial_m, float*
   for (int64_t r = 0; r < rows; r++) m[r] = LOWEST, l[r] = 0;
   memset(o, 0, rows * vp * sizeof(float));
 
-  const T *krow[KEYS], *vrow[KEYS];
-  const float *kf[KEYS], *vf_[KEYS];
-  for (int64_t tile_from = t.from; tile_from < t.to; tile_from += KEYS) {
-    const int64_t n = std::min(KEYS, t.to - tile_from);
+  struct { const T *k[KEYS], *v[KEYS]; } tiles[2];
+  // Fill `at` with the addresses of the tile that starts at key `first`. A short last tile repeats its first row; those
+  // scores are masked and those weights are zero.
+  auto locate = [&](int64_t first, auto& at) {
+    const int64_t n = std::min(KEYS, t.to - first);
     for (int64_t j = 0; j < n;) {
-      int64_t position = tile_from + j, slot = position % a.page, run = std::min(n - j, a.page - slot);
-      int64_t block = table[position / a.page];
+      int64_t slot = (first + j) % a.page, run = std::min(n - j, a.page - slot), block = table[(first + j) / a.page];
       const T* k = (const T*)a.keys + block * a.k_block + t.kv_head * a.k_head + slot * a.k_slot;
       const T* v = (const T*)a.values + block * a.v_block + t.kv_head * a.v_head + slot * a.v_slot;
-      for (int64_t i = 0; i < run; i++) krow[j + i] = k + i * a.k_slot, vrow[j + i] = v + i * a.v_slot;
-      if (sizeof(T) == 1) {
-        int64_t at = (block * a.kv_heads + t.kv_head) * a.page + slot;
+      for (const int64_t end = j + run; j < end; j++, k += a.k_slot, v += a.v_slot) at.k[j] = k, at.v[j] = v;
+    }
+    for (int64_t j = n; j < KEYS; j++) at.k[j] = at.k[0], at.v[j] = at.v[0];
+  };
+  const float *kf[KEYS], *vf_[KEYS];
+  for (int64_t j = 0; j < KEYS; j++) kf[j] = kbuf + j * dp, vf_[j] = vbuf + j * vp;
+  locate(t.from, tiles[0]);
+  for (int64_t tile_from = t.from, side = 0; tile_from < t.to; tile_from += KEYS, side ^= 1) {
+    const int64_t n = std::min(KEYS, t.to - tile_from);
+    const auto& now = tiles[side];
+    const bool more = tile_from + KEYS < t.to;
+    if (more) locate(tile_from + KEYS, tiles[side ^ 1]);
+    const T* const* ahead = more ? tiles[side ^ 1].k : nullptr;
+    if (sizeof(T) == 1)
+      for (int64_t j = 0; j < n;) {
+        int64_t slot = (tile_from + j) % a.page, run = std::min(n - j, a.page - slot);
+        int64_t at = (table[(tile_from + j) / a.page] * a.kv_heads + t.kv_head) * a.page + slot;
         memcpy(ks + j, a.key_scales + at, run * 4);
         memcpy(vs + j, a.value_scales + at, run * 4);
+        j += run;
       }
-      j += run;
-    }
-    // A short last tile reads its first row again; those scores are masked and those weights are zero.
-    for (int64_t j = n; j < KEYS; j++) krow[j] = krow[0], vrow[j] = vrow[0], ks[j] = vs[j] = 0;
-    const int64_t columns = packed ? KEYS : round_up(n, 4);
-    for (int64_t j = 0; j < KEYS; j++) {
-      kf[j] = direct_k ? (const float*)krow[j] : kbuf + (j < n ? j : 0) * dp;
-      vf_[j] = direct_v ? (const float*)vrow[j] : vbuf + (j < n ? j : 0) * vp;
-    }
-    if (!direct_k) for (int64_t j = 0; j < n; j++) widen(krow[j], depth, kbuf + j * dp);
-    if (!direct_v) for (int64_t j = 0; j < n; j++) widen(vrow[j], a.v_dim, vbuf + j * vp);
+    if (!direct_k) for (int64_t j = 0; j < KEYS; j++) widen(now.k[j], depth, kbuf + j * dp);
+    if (!direct_v) for (int64_t j = 0; j < n; j++) widen(now.v[j], a.v_dim, vbuf + j * vp);
 
     if (packed) {
       for (int64_t j = 0; j < KEYS; j += W)
-        for (int64_t d = 0; d < dp; d += W) transpose(kf + j, d, kt + d * KEYS + j, KEYS);
+        for (int64_t d = 0; d < dp; d += W) transpose((direct_k ? (const float* const*)now.k : kf) + j, d, kt + d * KEYS + j, KEYS);
       product(rows, KEYS, depth, q, dp, [&](int64_t k) { return kt + k * KEYS; }, s, KEYS, nullptr);
+    } else if (direct_k) {
+      dot_product(rows, round_up(n, 4), dp, q, dp, now.k, ahead, s, KEYS);
     } else {
-      dot_product(rows, columns, dp, q, dp, kf, s, KEYS);
+      dot_product<float>(rows, round_up(n, 4), dp, q, dp, kf, nullptr, s, KEYS);
     }
     for (int64_t r = 0; r < rows; r++) {
       int64_t position = past + t.first + r / group;
@@ -153,7 +163,15 @@ static void run_task(const Attention& a, const Task& t, float* partial_m, float*
       alpha[r] = soften(s + r * KEYS, from, to, from > 0 || to < KEYS, sizeof(T) == 1 ? ks : nullptr,
                         sizeof(T) == 1 ? vs : nullptr, m[r], l[r]);
     }
-    product(rows, vp, n, s, KEYS, [&](int64_t k) { return vf_[k]; }, o, vp, alpha);
+    if (!direct_v) {
+      product(rows, vp, n, s, KEYS, [&](int64_t k) { return vf_[k]; }, o, vp, alpha);
+    } else if (more && a.values != a.keys) {
+      const T* const* next = tiles[side ^ 1].v;
+      const int64_t bytes = vp * sizeof(T);
+      product(rows, vp, n, s, KEYS, [&](int64_t k) { prefetch(next[k], bytes); return now.v[k]; }, o, vp, alpha);
+    } else {
+      product(rows, vp, n, s, KEYS, [&](int64_t k) { return now.v[k]; }, o, vp, alpha);
+    }
   }
 
   for (int64_t r = 0; r < rows; r++) {

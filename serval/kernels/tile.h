@@ -11,6 +11,7 @@ constexpr int TILE_ROWS = 4, TILE_VECS = 2;
 #endif
 
 // c[r][:] = (alpha ? alpha[r] * c[r][:] : 0) + sum_k a[r][k] * row(k)[:], for R rows and V vectors of columns.
+// row(k) may be float or int8, and may issue a prefetch.
 template <int R, int V, class Row>
 static INLINE void tile(int64_t depth, const float* a, int64_t lda, Row row, float* c, int64_t ldc,
                         const float* alpha) {
@@ -20,7 +21,7 @@ static INLINE void tile(int64_t depth, const float* a, int64_t lda, Row row, flo
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) acc[r][v] = alpha ? load(c + r * ldc + v * W) * alpha[r] : vf{};
   for (int64_t k = 0; k < depth; k++) {
-    const float* b = row(k);
+    const auto* b = row(k);
     vf bv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) bv[v] = load(b + v * W);
@@ -87,15 +88,19 @@ static INLINE void sums(const vf* v, float* out) {  // out[i] = sum(v[i]) for fo
 #endif
 }
 
+static INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+}
+
 // c[r][4 keys] = dot products of R query rows with four key rows; depth a multiple of W.
-template <int R>
-static INLINE void dots(int64_t depth, const float* a, int64_t lda, const float* const* keys, float* c, int64_t ldc) {
+template <int R, class T>
+static INLINE void dots(int64_t depth, const float* a, int64_t lda, const T* const* keys, float* c, int64_t ldc) {
   vf acc[R][4];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) acc[r][j] = vf{};
-  const float *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
+  const T *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
   for (int64_t i = 0; i < depth; i += W) {
     vf b0 = load(k0 + i), b1 = load(k1 + i), b2 = load(k2 + i), b3 = load(k3 + i);
 #pragma GCC unroll 4
@@ -109,10 +114,13 @@ static INLINE void dots(int64_t depth, const float* a, int64_t lda, const float*
 }
 
 // c [rows, columns] = a [rows, depth] * keys^T without packing; columns a multiple of 4 (pad with any valid pointer).
+// `ahead` are rows that will be needed next; they are fetched meanwhile.
+template <class T>
 static void dot_product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
-                        const float* const* keys, float* c, int64_t ldc) {
+                        const T* const* keys, const T* const* ahead, float* c, int64_t ldc) {
   constexpr int R = W == 16 ? 4 : 2;  // R * 4 accumulators and 5 operands fit the registers
   for (int64_t j = 0; j < columns; j += 4) {
+    for (int i = 0; ahead && i < 4; i++) prefetch(ahead[j + i], depth * sizeof(T));
     int64_t r = 0;
     for (; r + R <= rows; r += R) dots<R>(depth, a + r * lda, lda, keys + j, c + r * ldc + j, ldc);
     for (; r < rows; r++) dots<1>(depth, a + r * lda, lda, keys + j, c + r * ldc + j, ldc);
