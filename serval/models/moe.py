@@ -6,6 +6,8 @@ with E_i(x) = x for the identity experts; they cost no product and no memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,15 @@ class Router(nn.Module):
         self.e_score_correction_bias: Tensor | None
         bias = torch.zeros(self.num_slots, dtype=torch.float32) if moe.selection_bias else None
         self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Router:
+        """`module.to(bfloat16)` must not round the selection bias, whose steps are tiny."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [T, D] -> (weights [T, k] float32, expert indices [T, k] int64)."""

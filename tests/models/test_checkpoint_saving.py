@@ -75,6 +75,9 @@ def test_router_bias_stays_float32(tmp_path: Path) -> None:
     decoder = checkpoint.load(tmp_path / "theirs", dtype=torch.bfloat16)
     bias = decoder.layers[0].mlp.gate.e_score_correction_bias
     assert torch.equal(bias, model.model.layers[0].mlp.router.e_score_correction_bias)
+    moved = checkpoint.load(tmp_path / "theirs").to(torch.bfloat16)
+    assert torch.equal(moved.layers[0].mlp.gate.e_score_correction_bias, bias)
+    assert moved.layers[0].mlp.gate.weight.dtype == torch.bfloat16
     out = checkpoint.save(decoder, tmp_path / "ours", dtype=torch.bfloat16)
     stored = load_file(out / "model.safetensors")
     name = "model.layers.0.mlp.router.e_score_correction_bias"
@@ -101,6 +104,32 @@ def test_saves_into_a_directory_of_other_things(tmp_path: Path) -> None:
     checkpoint.save(decoder, tmp_path)
     assert (tmp_path / "log.txt").read_text() == "kept"
     assert same_weights(checkpoint.load(tmp_path), decoder)
+
+
+def test_replaces_a_checkpoint_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working directory, or what a link points to, is filled rather than replaced."""
+    checkpoint.save(Decoder(SMALL), tmp_path, max_shard_bytes=4000)
+    monkeypatch.chdir(tmp_path)
+    second = Decoder(SMALL)
+    checkpoint.save(second, ".")
+    assert sorted(os.listdir(".")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert same_weights(checkpoint.load(tmp_path), second)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    checkpoint.save(second, tmp_path / "link")
+    assert same_weights(checkpoint.load(tmp_path / "real"), second)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_float16_overflow_is_refused(tmp_path: Path) -> None:
+    decoder = Decoder(SMALL)
+    with torch.no_grad():
+        decoder.layers[0].mlp.up_proj.weight[0, 0] = 1e6
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj.*1e\+06.*bfloat16"):
+        checkpoint.save(decoder, tmp_path / "model", dtype=torch.float16)
+    assert os.listdir(tmp_path) == []
 
 
 def test_tokenizer_files_are_copied(tmp_path: Path) -> None:

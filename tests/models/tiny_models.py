@@ -90,7 +90,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         rope_parameters=dict(LLAMA3),
     ),
     "llama-yarn-wide-heads": lambda: LlamaConfig(
-        **SIZES, head_dim=24, rope_parameters=dict(YARN), rms_norm_eps=1e-5
+        **SIZES, head_dim=24, rope_parameters={**YARN, "beta_fast": 3.0}, rms_norm_eps=1e-5
     ),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen2-sliding-tied": lambda: Qwen2Config(

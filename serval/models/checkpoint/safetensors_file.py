@@ -235,7 +235,19 @@ def write_file(path: Path, tensors: Iterable[TensorToWrite]) -> None:
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
         for tensor in tensors:
-            data = tensor.make().detach().to("cpu", tensor.dtype).contiguous()
-            file.write(tensor_bytes(data))
+            file.write(tensor_bytes(_converted(tensor)))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _converted(tensor: TensorToWrite) -> Tensor:
+    source = tensor.make().detach()
+    data = source.to("cpu", tensor.dtype).contiguous()
+    if tensor.dtype == torch.float16 and source.dtype != torch.float16 and data.numel():
+        largest = source.aminmax()
+        if torch.stack(largest).isfinite().all() and not data.isfinite().all():
+            raise CheckpointError(
+                f"tensor {tensor.name!r} has values up to {torch.stack(largest).abs().max():.3g}, "
+                "beyond float16; save as bfloat16 or float32"
+            )
+    return data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def save(
     not writable; then nothing is left behind.
     """
     format_ = _choose_family(decoder.config, family)
-    directory = Path(directory)
+    directory = Path(directory).expanduser().resolve()
     tensors = list(_tensors_to_write(decoder, format_, dtype))
     needed = sum(tensor.nbytes for tensor in tensors)
     staging: Path | None = None
@@ -198,36 +199,52 @@ def _move_into_place(staging: Path, directory: Path) -> None:
     _sync_directory(staging)
     if not directory.exists():
         staging.rename(directory)
-    elif not (directory / "config.json").exists():
-        # Not a checkpoint: keep the directory and what is in it; config.json, which makes it
-        # loadable, comes last.
-        for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
-            path.replace(directory / path.name)
-        _sync_directory(directory)
+    elif (directory / "config.json").exists() and directory != Path.cwd():
+        _swap(staging, directory)
     else:
-        _replace_checkpoint(staging, directory)
+        _move_files(staging, directory)
     _sync_directory(directory.parent)
 
 
-def _replace_checkpoint(staging: Path, directory: Path) -> None:
-    """Swap by renaming; a crash in between leaves both complete, under temporary names."""
+def _swap(staging: Path, directory: Path) -> None:
+    """Replace a checkpoint by renaming; a crash in between leaves both complete, one of them under
+    a temporary name. Files that are not part of a checkpoint move over."""
     backup = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
-    directory.rename(backup / directory.name)
+    old = backup / directory.name
+    try:
+        directory.rename(old)
+    except OSError:  # a mount point, for example
+        backup.rmdir()
+        _move_files(staging, directory)
+        return
     try:
         staging.rename(directory)
     except OSError:
-        (backup / directory.name).rename(directory)
+        old.rename(directory)
         backup.rmdir()
         raise
-    for path in (backup / directory.name).iterdir():
-        ours = path.suffix == ".safetensors" or path.name in (
-            "config.json",
-            "generation_config.json",
-            INDEX,
-        )
-        if not ours and not (directory / path.name).exists():
+    for path in old.iterdir():
+        if not _is_ours(path) and not (directory / path.name).exists():
             path.rename(directory / path.name)
     shutil.rmtree(backup, ignore_errors=True)
+
+
+def _move_files(staging: Path, directory: Path) -> None:
+    """Fill a directory that stays what it is; config.json, which makes it loadable, comes last."""
+    new = {path.name for path in staging.iterdir()}
+    (directory / "config.json").unlink(missing_ok=True)
+    for path in list(directory.iterdir()):
+        if _is_ours(path) and path.name not in new:
+            path.unlink()
+    for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+        path.replace(directory / path.name)
+    _sync_directory(directory)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a save would write, or would have written, a file of this name."""
+    shard = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path.name)
+    return bool(shard) or path.name in ("config.json", "generation_config.json", INDEX)
 
 
 def _sync_directory(directory: Path) -> None:
