@@ -1,9 +1,9 @@
 """What makes training fast on a CPU without touching the model's code.
 
-Products: PyTorch hands float32 products to MKL, which does not use AVX-512 on AMD processors; oneDNN,
-which PyTorch also carries, does, and is about twice as fast there. Memory: the C library returns
-every large block to the system and asks for it again, and the page faults of a training step then
-cost as much as its element-wise operations.
+Products: PyTorch hands float32 products to MKL, which does not use AVX-512 on AMD processors;
+oneDNN, which PyTorch also carries, does, and is about twice as fast there. Memory: the C library
+returns every large block to the system and asks for it again, and the page faults of a training
+step then cost as much as its element-wise operations.
 """
 
 from __future__ import annotations

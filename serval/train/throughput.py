@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class ModelFlops:
         return sum(n * self.per_token + self.per_pair * n * (n + 1) / 2 for n in lengths)
 
 
+@functools.cache
 def measured_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """FLOP/s of a large matrix product here and now, the denominator of utilisation."""
     size = 1024 if device.type == "cpu" else 8192

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,4 +51,4 @@ def test_multipliers_stay_in_range_and_never_rise_after_warmup(
     assert all(0 < value <= 1 or final == 0 for value in values)
     assert all(0 <= value <= 1 for value in values)
     after = values[warmup:]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(after))

@@ -74,7 +74,7 @@ def toy_trainer(
     return Trainer(
         decoder,
         lambda model: build(optimizer, model, OptimizerOptions(lr=3e-3), lambda line: None),
-        WarmupStableDecay(steps, warmup_steps=2, decay_steps=2),
+        WarmupStableDecay(max(steps, 8), warmup_steps=2, decay_steps=2),
         stream,
         settings,
         callbacks=callbacks,
