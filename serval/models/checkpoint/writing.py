@@ -264,7 +264,7 @@ def _umask() -> int:
 def _explain(error: OSError, directory: Path, needed: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         try:
-            free = f"{shutil.disk_usage(directory.parent).free / 1e6:.0f} MB free"
+            free = f"{shutil.disk_usage(directory.parent).free / 1e6:.1f} MB free"
         except OSError:
             free = "free space unknown"
         return (
