@@ -79,8 +79,8 @@ def percent(share: float) -> str:
 
 
 def write(result: EvalResult, directory: Path) -> list[Path]:
-    """Write eval.json and, if retrieval was measured, retrieval.png; returns what was written."""
-    written = [write_json(result.to_dict(), directory / "eval.json")]
+    """Write result.json and, if retrieval was measured, retrieval.png; returns what was written."""
+    written = [write_json(result.to_dict(), directory / "result.json")]
     if result.cells:
         png = plots.heatmaps(result.cells, "Exact match, %")
         written.append(write_bytes(png, directory / "retrieval.png"))

@@ -1,0 +1,115 @@
+"""The variants of the model that the quickstart compares, and how one is made and measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serval.compress import CompressOptions
+from serval.compress import run as compress
+from serval.engine.llm import LLM
+from serval.evaluate import EvalResult, Evaluator
+from serval.evaluate.pipeline import Progress
+from serval.evaluate.speed import Speed, cache_bytes, measure_speed, weight_bytes
+from serval.models import checkpoint
+from serval.models.decoder import Decoder
+
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model. weights: a compressor's name with its settings, None: as they are;
+    kv: a cache layout."""
+
+    name: str
+    weights: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    kv: str = "full"
+
+    @property
+    def slug(self) -> str:
+        """A directory name for its checkpoint: equal for variants with equal weights."""
+        chosen = [f"{key}-{value}" for key, value in sorted(self.settings.items())]
+        return "-".join([self.weights or "original", *chosen]).lower()
+
+
+VARIANTS = (
+    Variant("full precision"),
+    Variant("int8 weights", weights="int8", settings={"head": True}),
+    Variant("int8 weights + int8 cache", weights="int8", settings={"head": True}, kv="int8"),
+)
+
+
+@dataclass
+class Outcome:
+    """What one variant costs and achieves. directory: its checkpoint; the three sizes in bytes."""
+
+    variant: Variant
+    directory: Path
+    file_bytes: int
+    weight_bytes: int
+    cache_bytes_per_token: int
+    quality: EvalResult
+    speed: list[Speed]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "variant": asdict(self.variant),
+            "directory": str(self.directory),
+            "file_bytes": self.file_bytes,
+            "weight_bytes": self.weight_bytes,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "quality": self.quality.to_dict(),
+            "speed": [asdict(speed) for speed in self.speed],
+        }
+
+
+def make_checkpoint(variant: Variant, model: Path, folder: Path) -> Path:
+    """The variant's checkpoint directory below `folder`, compressed if it is not there yet."""
+    if variant.weights is None:
+        return model
+    out = folder / variant.slug
+    if not (out / "config.json").exists():
+        options = CompressOptions(model, out, variant.weights, variant.settings, force=True)
+        compress(options)
+    return out
+
+
+def measure(
+    variant: Variant,
+    directory: Path,
+    evaluator: Evaluator,
+    *,
+    reference: Decoder | None,
+    prompt: int,
+    output: int,
+    progress: Progress,
+) -> Outcome:
+    """Load a checkpoint and measure it. prompt, output: tokens per sequence when timing."""
+    decoder = checkpoint.load(directory)
+    llm = LLM(decoder, tokenizer=evaluator.tokenizer, kv=variant.kv, prefix_caching=False)
+    speed = []
+    for done, batch in enumerate(BATCHES):
+        progress("speed", done, len(BATCHES))
+        vocabulary = decoder.config.vocab_size
+        speed.append(measure_speed(llm, vocabulary, batch=batch, prompt=prompt, output=output))
+    progress("speed", len(BATCHES), len(BATCHES))
+    quality = evaluator.measure(
+        decoder,
+        name=variant.name,
+        kv=variant.kv,
+        reference=reference,
+        llm=llm,
+        progress=progress,
+    )
+    return Outcome(
+        variant=variant,
+        directory=directory,
+        file_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        weight_bytes=weight_bytes(decoder),
+        cache_bytes_per_token=cache_bytes(decoder, variant.kv),
+        quality=quality,
+        speed=speed,
+    )
