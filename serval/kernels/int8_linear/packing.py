@@ -33,10 +33,7 @@ def pack_int8_weight(weight: Tensor, scale: Tensor) -> PackedInt8:
             "it expects an int8 weight [N, K] and N scales"
         )
     panels, cells = -(-rows // PANEL), -(-columns // DEPTH)
-    padded = torch.full(
-        (panels * PANEL, cells * DEPTH), -128, dtype=torch.int8, device=weight.device
-    )
-    padded = padded.zero_()
+    padded = torch.zeros(panels * PANEL, cells * DEPTH, dtype=torch.int8, device=weight.device)
     padded[:rows, :columns] = weight
     cells_first = padded.view(panels, PANEL, cells, DEPTH).transpose(1, 2).contiguous()
     data = cells_first.view(torch.uint8).bitwise_xor_(0x80)
