@@ -54,7 +54,8 @@ class Filler:
 
     def take(self, rng: Random, budget: int) -> list[str]:
         """Consecutive lines from a random place, about `budget` tokens, newlines kept."""
-        at, used, taken = rng.randrange(len(self.lines)), 0, []
+        taken: list[str] = []
+        at, used = rng.randrange(len(self.lines)), 0
         while True:
             at = (at + 1) % len(self.lines)
             cost = self._cost(at)
