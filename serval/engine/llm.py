@@ -181,6 +181,9 @@ class LLM:
         """The text that the chat template makes of a conversation; raises `RequestError`."""
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise RequestError("this model's tokenizer has no chat template: use generate")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise RequestError(f"a message is a dict with a role, got {message!r}")
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=True, tokenize=False
