@@ -51,7 +51,11 @@ static INLINE void micro(const uint8_t* w, const code* x, int64_t ldx, int64_t c
   for (int64_t k = 0; k < cells; k++) {
     wide b[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) b[v] = cell(w + (v / PARTS) * panel + k * 64 + (v % PARTS) * 32);
+    for (int v = 0; v < V; v++) {
+      const uint8_t* at = w + (v / PARTS) * panel + k * 64 + (v % PARTS) * 32;
+      b[v] = cell(at);
+      if (v % PARTS == 0) __builtin_prefetch(at + 2048, 0, 2);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       wide a = four(x + r * ldx + k * 4);
@@ -66,13 +70,14 @@ static INLINE void micro(const uint8_t* w, const code* x, int64_t ldx, int64_t c
 }
 #elif SERVAL_AVX2 || SERVAL_AVX512
 template <int R, int J>  // J * 4 channels at a time
-static INLINE void slice(const uint8_t* w, const code* x, int64_t ldx, int64_t cells, int32_t* sums) {
+static INLINE void slice(const uint8_t* w, const code* x, int64_t ldx, int64_t cells, int32_t* sums, bool fetch) {
   __m256i acc[R][J];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < J; j++) acc[r][j] = _mm256_setzero_si256();
   for (int64_t k = 0; k < cells; k++) {
+    if (fetch) __builtin_prefetch(w + k * 64 + 2048, 0, 2);
     __m256i b[J];
 #pragma GCC unroll 4
     for (int j = 0; j < J; j++) b[j] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(w + k * 64 + j * 16)));
@@ -82,7 +87,11 @@ static INLINE void slice(const uint8_t* w, const code* x, int64_t ldx, int64_t c
       memcpy(&four, x + r * ldx + k * 4, 8);
       __m256i a = _mm256_set1_epi64x(four);
 #pragma GCC unroll 4
-      for (int j = 0; j < J; j++) acc[r][j] = _mm256_add_epi32(acc[r][j], _mm256_madd_epi16(b[j], a));
+      for (int j = 0; j < J; j++) {
+        acc[r][j] = _mm256_add_epi32(acc[r][j], _mm256_madd_epi16(b[j], a));
+        // Keep rows in order: GCC would hoist the broadcasts of all rows and spill the sums.
+        asm volatile("" : "+x"(acc[r][j]));
+      }
     }
   }
 #pragma GCC unroll 8
@@ -95,9 +104,9 @@ static INLINE void slice(const uint8_t* w, const code* x, int64_t ldx, int64_t c
 }
 template <int R, int P>
 static INLINE void micro(const uint8_t* w, const code* x, int64_t ldx, int64_t cells, int32_t* sums) {
-  if (R <= 2) return slice<R, 4>(w, x, ldx, cells, sums);
-  slice<R, 2>(w, x, ldx, cells, sums);  // the cell's second half is in L1 when it is read again
-  slice<R, 2>(w + 32, x, ldx, cells, sums + 8);
+  if (R <= 2) return slice<R, 4>(w, x, ldx, cells, sums, true);
+  slice<R, 2>(w, x, ldx, cells, sums, true);  // the cell's second half is in L1 when it is read again
+  slice<R, 2>(w + 32, x, ldx, cells, sums + 8, false);
 }
 #else
 template <int R, int P>
