@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from serval.kernels.attention import paged_attention, paged_attention_int8
-from serval.kernels.cache_write.reference import write_cache, write_cache_int8
+from serval.kernels.cache_write import write_cache, write_cache_int8
 from serval.kernels.gated import swiglu
 from serval.kernels.grouped_linear import grouped_linear
 from serval.kernels.int8_linear import (
