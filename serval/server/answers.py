@@ -153,6 +153,10 @@ _REASONS = {
 }
 
 
+# One server-sent event: its data is a chunk as JSON text, or "[DONE]".
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+
+
 def ok(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses: `model` on success, OpenAI's error body on `statuses`."""
     failures: dict[int | str, dict[str, Any]] = {
@@ -164,7 +168,7 @@ def ok(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]
 def generation(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Like `ok`, for routes that may also stream."""
     responses = ok(model, 400, 404, 413, 429, 500, 503)
-    responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    responses[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
     return responses
 
 
