@@ -184,7 +184,10 @@ class AsyncLLM:
             if command is None:
                 return False
             with self.llm.lock:
-                command()
+                try:
+                    command()
+                except Exception:
+                    logger.exception("the engine could not carry out a command")
             if self._outbox:
                 self._flush()
 
@@ -193,6 +196,8 @@ class AsyncLLM:
             self.engine.submit(request)
         except RequestError as error:  # its id is in use by LLM.generate
             self.engine.refuse(request, str(error))
+            self._open.pop(request.request_id, None)
+            return
         if not self._open.get(request.request_id, False):  # cancelled while it was prepared
             self.engine.abort(request.request_id)
 

@@ -315,7 +315,10 @@ class Engine:
             if token not in self.eos_token_ids or token in (params.stop_token_ids or []):
                 sequence.stop_reason = token
         elif constraint is not None and constraint.complete:
-            reason = "stop" if not constraint.error else "abort"
+            reason = "stop"
+            if constraint.error:
+                reason = "abort"
+                sequence.stop_reason = f"no token can follow the constraint: {constraint.error}"
         elif self._at_limit(sequence):
             reason = "length"
         if sequence.detokenizer is not None:

@@ -265,12 +265,26 @@ def _load_tokenizer(tokenizer: Any, directory: Path | None) -> Any:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if tokenizer is None and not any((Path(where) / name).exists() for name in names):
         return None
-    from transformers import AutoTokenizer  # takes a second, and token ids need none
-
     try:
+        if _names_fast_class(Path(where)):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(where))
+        from transformers import AutoTokenizer  # imports every tokenizer there is: over a second
+
         return AutoTokenizer.from_pretrained(str(where))
     except Exception as error:
         raise ConfigError(f"the tokenizer in {where} cannot be loaded: {error}") from error
+
+
+def _names_fast_class(directory: Path) -> bool:
+    """Whether the directory's tokenizer is the plain fast class, which needs no search."""
+    try:
+        values = json.loads((directory / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    name = values.get("tokenizer_class") if isinstance(values, dict) else None
+    return name == "PreTrainedTokenizerFast" and (directory / "tokenizer.json").is_file()
 
 
 def _eos_token_ids(decoder: Decoder, tokenizer: Any, directory: Path | None) -> list[int]:

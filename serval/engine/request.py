@@ -113,7 +113,7 @@ class Sequence:
         request: the request it belongs to.
         branch: which of the request's n continuations, from 0.
         cache: its block tables; `cache.num_tokens` tokens are computed, the rest is still to run.
-        capacity: tokens it can hold at most.
+        stop_ids: tokens that end it.
     """
 
     def __init__(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from serval.engine.request import Logprob, Sequence
 
-_FIRST_CANDIDATES = 512  # top-p seldom needs more; a row that does is sorted completely
+_FIRST_CANDIDATES = 512  # top-p seldom needs more; a row that does is looked at completely
+_BINS = 4096
 
 
 @torch.inference_mode()
@@ -121,15 +122,30 @@ def _draw_filtered(scaled: Tensor, params: list, uniform: Tensor, vocab: int) ->
     probs = _keep_min_p(probs, params)
     ids, order = ids.sort(-1)
     picked = ids.gather(-1, _pick(probs.gather(-1, order), uniform)[:, None])[:, 0]
-    if bool(missing.any()):  # the nucleus reaches beyond the candidates: sort these rows completely
-        for row in missing.nonzero()[:, 0].tolist():
-            values, every = scaled[row].sort(descending=True)
-            probs = values.softmax(-1)
-            probs = probs.masked_fill(probs.cumsum(-1) - probs >= nucleus[row], 0.0)
-            probs = _keep_min_p(probs[None], params[row : row + 1])
-            spread = torch.zeros_like(probs).scatter_(-1, every[None], probs)
-            picked[row] = _pick(spread, uniform[row : row + 1])[0]
+    for row, beyond in enumerate(missing.tolist()):
+        if beyond:
+            probs = _nucleus(scaled[row], params[row].top_p)[None]
+            probs = _keep_min_p(probs, params[row : row + 1])
+            picked[row] = _pick(probs, uniform[row : row + 1])[0]
     return picked
+
+
+def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
+    """Probabilities [V] with all outside the nucleus at 0, for logits with maximum 0.
+
+    A histogram finds the bin in which the nucleus ends; only that bin is sorted.
+    """
+    probs = scaled.softmax(-1)
+    bins = (scaled * (-_BINS / 30)).clamp_(max=_BINS - 1).long()
+    mass = torch.bincount(bins, weights=probs.double(), minlength=_BINS)
+    before = mass.cumsum(0) - mass
+    edge = int((before < top_p).sum()) - 1
+    keep = bins < edge
+    last = (bins == edge).nonzero()[:, 0]
+    last = last[scaled[last].argsort(descending=True)]
+    inside = probs[last].double()
+    keep[last[before[edge] + inside.cumsum(0) - inside < top_p]] = True
+    return probs.masked_fill_(~keep, 0.0)
 
 
 def _keep_min_p(probs: Tensor, params: list) -> Tensor:

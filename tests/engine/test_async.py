@@ -99,6 +99,11 @@ def test_bad_requests_raise_where_they_are_made(server: AsyncLLM) -> None:
             await server.submit([])
         with pytest.raises(RequestError, match="constraint"):
             await server.submit([1], SamplingParams(regex="("))
+        taken = server.engine.add_request([1], GREEDY, request_id="b")
+        refused = await server.submit([1], SamplingParams(n=2), request_id="b")
+        assert [d.finish_reason async for d in refused] == ["abort", "abort"]
+        while not taken.finished:
+            await asyncio.sleep(0.001)
         stream = await server.submit([1], GREEDY, request_id="a")
         with pytest.raises(RequestError, match="in use"):
             await server.submit([1], GREEDY, request_id="a")

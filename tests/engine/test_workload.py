@@ -14,7 +14,7 @@ from serval.engine.request import Request
 from .helpers import greedy, tiny_decoder, tiny_llm
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     spare=st.integers(0, 12),
