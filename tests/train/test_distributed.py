@@ -1,0 +1,72 @@
+"""Two gloo processes with FSDP2 against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from serval.train.distributed import World
+from tests.train.shard_worker import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the runs of two processes."""
+    directory = tmp_path_factory.mktemp("two")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launcher, "-m", "tests.train.shard_worker", str(directory)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return directory
+
+
+def log(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(left: Path, right: Path) -> None:
+    """Losses, validation losses and gradient norms agree to 1e-4 at every step."""
+    assert len(log(left)) == len(log(right)) == 9
+    for one, other in zip(log(left), log(right), strict=True):
+        for key in {"step", "loss", "validation_loss", "grad_norm"} & one.keys():
+            assert other[key] == pytest.approx(one[key], abs=1e-4), (one["step"], key)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "model"), [("adamw", "plain"), ("muon", "mtp"), ("muon", "moe")]
+)
+def test_two_processes_follow_the_curve_of_one(
+    tmp_path: Path, two: Path, optimizer: str, model: str
+) -> None:
+    train(tmp_path, optimizer, model, 8, World())
+    assert_same_curve(tmp_path, two / f"{optimizer}-{model}")
+
+
+def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path, two: Path) -> None:
+    """Two processes stopped at step 3; two and one finish alike, as an undisturbed run."""
+    shards = (two / "resumed" / "checkpoints" / "step-00000008").glob("*.safetensors")
+    assert len(list(shards)) == 2
+    train(tmp_path, "muon", "plain", 8, World())
+    train(two / "alone", "muon", "plain", 8, World())
+    curve = {line["step"]: line["loss"] for line in log(tmp_path) if "loss" in line}
+    for name in ("resumed", "alone"):
+        for line in log(two / name):
+            if "loss" in line:
+                assert line["loss"] == pytest.approx(curve[line["step"]], abs=1e-4)
+    left = load_file(two / "alone" / "final.safetensors")
+    right = load_file(tmp_path / "final.safetensors")
+    assert all((left[name] - right[name]).abs().max() < 1e-2 for name in left)
