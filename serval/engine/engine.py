@@ -17,11 +17,10 @@ import torch
 
 from serval.cache.memory import PagedMemory
 from serval.engine.constrained import ConstraintCompiler
-from serval.engine.detokenizer import Detokenizer, decode_function, find_stop, held_back
+from serval.engine.detokenizer import Detokenizer
 from serval.engine.params import SamplingParams
 from serval.engine.penalties import TokenCounts
 from serval.engine.request import (
-    CompletionOutput,
     Delta,
     FinishReason,
     Logprob,
@@ -29,6 +28,7 @@ from serval.engine.request import (
     RequestOutput,
     Sequence,
 )
+from serval.engine.results import Results, check_stop_strings
 from serval.engine.runner import Runner
 from serval.engine.sampler import sample
 from serval.engine.scheduler import Scheduler, Work
@@ -87,7 +87,7 @@ class Engine:
         self.runner = Runner(decoder, memory, max_batch_tokens, max_sequences, device)
         self.requests: dict[str, Request] = {}
         self._constraints = ConstraintCompiler(tokenizer, self.vocab_size, self.eos_token_ids)
-        self._decoders: dict[bool, Callable[[Any], str]] = {}
+        self._results = Results(tokenizer)
         self._arrivals = itertools.count()
         self._prompt_tokens = self._generated = self._finished = self._steps = 0
         self._recent: list[tuple[float, float, int]] = []  # (start, end, tokens) of recent steps
@@ -156,7 +156,7 @@ class Engine:
             first.counts = TokenCounts(request.prompt_token_ids)
         streams = request.on_delta is not None
         if self.tokenizer is not None and (streams or params.stop_strings):
-            first.detokenizer = Detokenizer(self._decode(params.skip_special_tokens))
+            first.detokenizer = Detokenizer(self._results.decode(params.skip_special_tokens))
         request.sequences.append(first)
         self.requests[request.request_id] = request
         self.scheduler.add(first)
@@ -301,7 +301,7 @@ class Engine:
         if sequence.counts is not None:
             sequence.counts.add(token)
         if sequence.logprobs is not None:
-            sequence.logprobs.append(self._name_tokens(entry))
+            sequence.logprobs.append(self._results.name_tokens(entry))
         stopped = token in sequence.stop_ids
         constraint = sequence.constraint
         if constraint is not None and not (stopped and token in self.eos_token_ids):
@@ -325,7 +325,7 @@ class Engine:
             if reason is not None:
                 sequence.detokenizer.finish()
             if params.stop_strings and sequence.num_output >= params.min_tokens:
-                reason = self._check_stop_strings(sequence) or reason
+                reason = check_stop_strings(sequence) or reason
         if reason is not None:
             self._finish(sequence, reason)
         self._send(sequence, [token])
@@ -336,18 +336,6 @@ class Engine:
             return True
         return sequence.length >= self.max_model_len
 
-    def _check_stop_strings(self, sequence: Sequence) -> FinishReason | None:
-        assert sequence.detokenizer is not None
-        text, params = sequence.detokenizer.text, sequence.params
-        found = find_stop(text, sequence.stop_scanned, params.stop_strings)
-        sequence.stop_scanned = len(text)
-        if found is None:
-            return None
-        at, stop = found
-        sequence.text_end = at + len(stop) if params.include_stop_str_in_output else at
-        sequence.stop_reason = stop
-        return "stop"
-
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.scheduler.remove(sequence)
@@ -356,75 +344,13 @@ class Engine:
         self.requests.pop(request.request_id, None)
         self._finished += 1
 
-    # Results
-
-    def _send(self, sequence: Sequence, tokens: list[int]) -> None:
-        request = sequence.request
-        if request.on_delta is None:
-            return
-        final = sequence.finish_reason is not None
-        stops = sequence.params.stop_strings
-        held = 0
-        if stops and not final and sequence.detokenizer is not None:
-            held = held_back(sequence.detokenizer.text, stops)
-        request.on_delta(
-            Delta(
-                request.request_id,
-                sequence.branch,
-                sequence.new_text(final, held),
-                tokens,
-                sequence.logprobs[-1:] if sequence.logprobs is not None and tokens else None,
-                sequence.finish_reason,
-                sequence.stop_reason,
-            )
-        )
-
     def output(self, request: Request) -> RequestOutput:
         """The result of a request as far as it got."""
-        outputs = [
-            CompletionOutput(
-                sequence.branch,
-                self._text(sequence),
-                sequence.output_ids,
-                sequence.logprobs,
-                sequence.finish_reason,
-                sequence.stop_reason,
-            )
-            for sequence in sorted(request.sequences, key=lambda s: s.branch)
-        ]
-        prompt_logprobs = request.prompt_logprobs
-        for entry in prompt_logprobs or []:
-            self._name_tokens(entry or {})
-        return RequestOutput(
-            request.request_id,
-            request.prompt,
-            request.prompt_token_ids,
-            outputs,
-            prompt_logprobs,
-            request.num_cached_tokens,
-        )
+        return self._results.output(request)
 
-    def _text(self, sequence: Sequence) -> str:
-        if self.tokenizer is None:
-            return ""
-        if sequence.detokenizer is not None:
-            return sequence.detokenizer.text[: sequence.text_end]
-        ids = sequence.output_ids
-        kept = ids[: len(ids) - sequence.hidden_tokens]
-        return self._decode(sequence.params.skip_special_tokens)(kept)
-
-    def _decode(self, skip_special_tokens: bool) -> Callable[[Any], str]:
-        if skip_special_tokens not in self._decoders:
-            decode = decode_function(self.tokenizer, skip_special_tokens)
-            self._decoders[skip_special_tokens] = decode
-        return self._decoders[skip_special_tokens]
-
-    def _name_tokens(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
-        if self.tokenizer is not None:
-            decode = self._decode(False)
-            for token, found in entry.items():
-                found.text = found.text or decode([token])
-        return entry
+    def _send(self, sequence: Sequence, tokens: list[int]) -> None:
+        if sequence.request.on_delta is not None:
+            sequence.request.on_delta(self._results.delta(sequence, tokens))
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap enough to call after every step."""
