@@ -40,9 +40,9 @@ class ShardedMuon(torch.optim.Muon):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)
-        momentum = state["momentum_buffer"]
+        momentum: DTensor = state["momentum_buffer"]
         momentum.lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        update: Any = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         whole = _zeropower_via_newtonschulz(
             update.full_tensor(), group["ns_coefficients"], group["ns_steps"], group["eps"]
         )

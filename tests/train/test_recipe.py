@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serval.errors import ConfigError
+from serval.optim import OPTIMIZERS, Role
+from serval.train.recipe import load_recipe
+
+GOOD = """
+output: runs/x
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 48}
+data: {source: stdlib, row_tokens: 128}
+train: {steps: 10, batch_rows: 4}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_and_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
+    text = GOOD + "optimizer: {name: muon, lr: 1e-3, roles: {embedding: {lr: 2}}}\n"
+    recipe = load_recipe(write(tmp_path, text))
+    options = recipe.optimizer.options()
+    assert options.lr == 1e-3  # YAML reads 1e-3 as a string
+    assert options.roles[Role.EMBEDDING].lr == 2.0
+    assert recipe.train.clip_norm == 1.0
+    assert recipe.directory == Path("runs/x")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(path, ["train.steps=20", "optimizer.name=muon", "output=/tmp/y"])
+    assert (recipe.train.steps, recipe.optimizer.name, recipe.output) == (20, "muon", "/tmp/y")
+    with pytest.raises(ConfigError, match=r"expected section\.key=value"):
+        load_recipe(path, ["train.steps"])
+    with pytest.raises(ConfigError, match="'output' is not a section"):
+        load_recipe(path, ["output.name=1"])
+    with pytest.raises(ConfigError, match=r"train\.steps: expected int, got 'many'"):
+        load_recipe(path, ["train.steps=many"])
+
+
+@pytest.mark.parametrize(
+    ("addition", "message"),
+    [
+        ("optimizer: {lr: abc}", r"optimizer\.lr: expected float, got 'abc'"),
+        ("optimizer: {lrr: 1}", r"unknown key 'optimizer\.lrr' \(did you mean 'lr'\?\)"),
+        ("shedule: {}", r"unknown key 'shedule' \(did you mean 'schedule'\?\)"),
+        ("schedule: 3", r"schedule: expected a mapping, got 3"),
+        ("optimizer: {roles: {head: {x: 1}}}", r"unknown key 'optimizer\.roles\.head\.x'"),
+        ("optimizer: {roles: {heat: {lr: 1}}}", r"'hidden_matrix'.*got 'heat'"),
+        ("train: {steps: 10.5}", r"train\.steps: expected int, got 10\.5"),
+        ("train: {batch_rows: 4}", r"missing key 'train\.steps'"),
+        ("train: {steps: 0}", r"train\.steps: expected greater than 0, got 0"),
+        ("train: {steps: 1, dtype: fp8}", r"train\.dtype: expected 'auto', .*got 'fp8'"),
+        ("data: {sorce: x}", r"unknown key 'data\.sorce' \(did you mean 'source'\?\)"),
+        ("model: {hidden_siz: 3}", r"unknown key 'model\.hidden_siz' \(did you mean 'hidden_size'"),
+        ("model: {hidden_size: wide}", r"model\.hidden_size: expected int, got 'wide'"),
+        ("model: {rope: {knd: yarn}}", r"unknown key 'model\.rope\.knd' \(did you mean 'kind'\?\)"),
+        ("model: {hidden_size: 8}", r"missing key 'model\.num_hidden_layers'"),
+    ],
+)
+def test_mistakes_name_the_file_and_the_key(tmp_path: Path, addition: str, message: str) -> None:
+    values = yaml.safe_load(GOOD) | yaml.safe_load(addition)
+    path = write(tmp_path, yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("- 1", "the file is a list"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not a text file"):
+        load_recipe(binary)
+
+
+def test_fingerprint_ignores_where_and_how_long(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    same = load_recipe(path, ["output=z", "train.steps=99", "schedule.name=cosine"])
+    other = load_recipe(path, ["optimizer.lr=0.5"])
+    assert load_recipe(path).fingerprint() == same.fingerprint()
+    assert load_recipe(path).fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")))
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    assert load_recipe(path).optimizer.name in OPTIMIZERS
