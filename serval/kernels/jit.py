@@ -69,11 +69,11 @@ def cpu_identity() -> str:
 
 
 @functools.cache
-def _compiler(requested: str | None) -> tuple[str, str]:
-    """Path and version line of the compiler; raises BuildError when there is none."""
+def _compiler(requested: str | None, search: str | None) -> tuple[str, str]:
+    """Path and version line of the compiler on `search` (PATH); raises BuildError when there is none."""
     names = [requested] if requested else ["g++", "clang++", "c++"]
     for name in names:
-        path = shutil.which(name)
+        path = shutil.which(name, path=search)
         if path is None:
             continue
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -118,7 +118,7 @@ def _file_lock(path: Path) -> Iterator[None]:
 def build(folder: str, arch: str) -> Path:
     """Return the shared library of `folder` for `-march=arch`, compiling it unless it is cached."""
     source = ROOM / folder / "cpu.cpp"
-    compiler, version = _compiler(os.environ.get("CXX"))
+    compiler, version = _compiler(os.environ.get("CXX"), os.environ.get("PATH"))
     flags = (*FLAGS, f"-march={arch}", f"-I{ROOM}")
     digest = hashlib.sha256()
     for file in (source, *sorted(ROOM.glob("*.h")), *sorted(source.parent.glob("*.h"))):
@@ -202,7 +202,6 @@ def reset() -> None:
         for kernel in _kernels:
             kernel._resolved, kernel._function = False, None
         _libraries.clear()
-        _compiler.cache_clear()
         _warned = False
 
 
