@@ -78,8 +78,13 @@ def tiny_decoder(name: str = "gqa") -> Decoder:
     )
     decoder = Decoder(config).eval()
     with torch.no_grad():
-        decoder.embed_tokens.weight.mul_(4)
+        if decoder.lm_head is not None:
+            decoder.embed_tokens.weight.mul_(4)
         for parameter_name, parameter in decoder.named_parameters():
+            if decoder.lm_head is None and parameter_name.endswith(
+                ("o_proj.weight", "down_proj.weight")
+            ):
+                parameter.mul_(6)  # or a tied head would only repeat its input
             if parameter_name.endswith("sinks"):
                 parameter.normal_()
     return decoder
@@ -98,7 +103,3 @@ def greedy(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
         hidden = decoder(torch.tensor(tokens), PackedBatch.from_lengths([len(tokens)]))
         tokens.append(int(decoder.logits(hidden[-1:]).argmax()))
     return tokens[len(prompt) :]
-
-
-def block_bytes(llm: LLM) -> int:
-    return llm.memory.block_bytes
