@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from serval.errors import CheckpointError, ConfigError
+from serval.errors import CheckpointError, ConfigError, ServalError
 from serval.models import checkpoint
+from serval.models.checkpoint.hub_config import HubConfig
+from serval.models.checkpoint.reading import empty_decoder
+from serval.models.checkpoint.registry import family_of_hub_config
 from serval.models.checkpoint.safetensors_file import read_header
 from serval.models.config import ModelConfig
 from serval.models.decoder import Decoder
@@ -259,8 +262,16 @@ def test_config_values_are_refused_by_key(
 
 
 def test_more_layers_than_tensors(directory: Path) -> None:
+    edit_json(directory / "config.json", num_hidden_layers=5000)
+    refused(directory, "5000 layers")
     edit_json(directory / "config.json", num_hidden_layers=10**9)
-    refused(directory, "1000000000 layers")
+    refused(directory, "num_hidden_layers", "1000000000", kind=ConfigError)
+
+
+def test_more_experts_than_tensors(tmp_path: Path) -> None:
+    tiny_models.make("qwen3_moe").save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", num_experts=10**7, num_local_experts=10**7)
+    refused(tmp_path, "is missing from")
 
 
 def test_unknown_architecture_lists_the_families(directory: Path) -> None:
@@ -288,3 +299,28 @@ def test_missing_tensor_is_named_in_every_family(name: str, tmp_path: Path) -> N
     victim = next(n for n in names if "layers.1" in n and "mlp" in n)
     edit_tensors(tmp_path, lambda t: t.pop(victim))
     refused(tmp_path, victim)
+
+
+@pytest.mark.parametrize("name", tiny_models.FAMILY_CASES)
+def test_no_config_value_crashes(name: str) -> None:
+    """Any key with a wrong value either means something or is refused in words."""
+    base = json.loads(json.dumps(tiny_models.CONFIGS[name]().to_dict()))
+    family = family_of_hub_config(base)
+    odd = [0, -1, 3, 1.5, "x", None, [1], {}, True, float("nan")]
+    for key in base:
+        for value in odd:
+            with contextlib.suppress(ServalError):
+                empty_decoder(family.read_config(HubConfig({**base, key: value})))
+    for key in base["rope_parameters"]:
+        for value in odd:
+            rope = {**base["rope_parameters"], key: value}
+            with contextlib.suppress(ServalError):
+                family.read_config(HubConfig({**base, "rope_parameters": rope}))
+
+
+def test_fewer_mtp_layers_than_promised(tmp_path: Path) -> None:
+    config = tiny_models.CONFIGS["deepseek_v3"]()
+    family = family_of_hub_config(config.to_dict())
+    read = family.read_config(HubConfig({**config.to_dict(), "num_nextn_predict_layers": 10**7}))
+    with pytest.raises(CheckpointError, match="hold 1 layers after the first 3"):
+        family.fit(read, ["model.norm.weight", "model.layers.3.eh_proj.weight"])

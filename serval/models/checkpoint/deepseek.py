@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from serval.errors import ConfigError
+from serval.errors import CheckpointError, ConfigError
 from serval.models.checkpoint.family import Family
 from serval.models.checkpoint.hub_config import HubConfig, read_common, write_common
 from serval.models.config import MLAConfig, ModelConfig, MoEConfig
@@ -45,7 +45,7 @@ class DeepSeekV3(Family):
             routed_scaling_factor=hub.number("routed_scaling_factor"),
             n_group=hub.integer("n_group", 1),
             topk_group=hub.integer("topk_group", 1),
-            shared_intermediate_size=width * hub.integer("n_shared_experts", 1),
+            shared_intermediate_size=width * hub.integer("n_shared_experts", 1, 0),
             selection_bias=True,
         )
         bias = hub.flag("attention_bias")
@@ -62,11 +62,11 @@ class DeepSeekV3(Family):
         )
 
     def read_moe_layers(self, hub: HubConfig, layers: int) -> list[bool]:
-        first = hub.integer("first_k_dense_replace", 3)
+        first = hub.integer("first_k_dense_replace", 3, 0)
         return [layer >= first for layer in range(layers)]
 
     def read_mtp_layers(self, hub: HubConfig) -> int:
-        return hub.optional("num_nextn_predict_layers", int) or 0
+        return hub.optional("num_nextn_predict_layers", int, 0) or 0
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         moe, mla = config.moe, config.mla
@@ -108,10 +108,16 @@ class DeepSeekV3(Family):
 
     def fit(self, config: ModelConfig, names: Iterable[str]) -> ModelConfig:
         """transformers drops the MTP layers but keeps their number in config.json."""
-        prefix = f"model.layers.{config.num_hidden_layers}."
-        if config.num_mtp_layers and not any(name.startswith(prefix) for name in names):
-            return dataclasses.replace(config, num_mtp_layers=0)
-        return config
+        layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+        first, found = config.num_hidden_layers, 0
+        while str(first + found) in layers:
+            found += 1
+        if found and config.num_mtp_layers > found:
+            raise CheckpointError(
+                f"config.json: num_nextn_predict_layers is {config.num_mtp_layers}; the files hold "
+                f"{found} layers after the first {first}"
+            )
+        return config if found else dataclasses.replace(config, num_mtp_layers=0)
 
     def copies(self, config: ModelConfig) -> dict[str, str]:
         head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -133,7 +139,7 @@ class Glm4MoeLite(DeepSeekV3):
     def read_moe_layers(self, hub: HubConfig, layers: int) -> list[bool]:
         types = hub.optional("mlp_layer_types", list)
         if types is None:
-            first = hub.integer("first_k_dense_replace", 1)
+            first = hub.integer("first_k_dense_replace", 1, 0)
             return [layer >= first for layer in range(layers)]
         if len(types) != layers or not set(types) <= {"dense", "sparse"}:
             raise ConfigError(
@@ -150,7 +156,7 @@ class Glm4MoeLite(DeepSeekV3):
 def read_mla(hub: HubConfig) -> MLAConfig:
     return MLAConfig(
         kv_lora_rank=hub.integer("kv_lora_rank"),
-        q_lora_rank=hub.optional("q_lora_rank", int),
+        q_lora_rank=hub.optional("q_lora_rank", int, 1),
         qk_nope_head_dim=hub.integer("qk_nope_head_dim"),
         qk_rope_head_dim=hub.integer("qk_rope_head_dim"),
         v_head_dim=hub.integer("v_head_dim"),

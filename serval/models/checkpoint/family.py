@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,25 +54,25 @@ class Family(ABC):
         """Checkpoint name of the decoder's parameter or module `name`."""
         return name if name.startswith("lm_head") else f"model.{name}"
 
-    def pieces(self, name: str, parameter: Tensor, config: ModelConfig) -> list[Piece]:
+    def pieces(self, name: str, parameter: Tensor, config: ModelConfig) -> Iterator[Piece]:
         """The stored tensors that make up one parameter or buffer of the decoder."""
         owner, _, leaf = name.rpartition(".")
         if owner.endswith(".experts"):
-            return self.expert_pieces(self.rename(owner, config), leaf, parameter)
-        return [Piece.of(self.rename(name, config), parameter)]
+            yield from self.expert_pieces(self.rename(owner, config), leaf, parameter)
+        else:
+            yield Piece.of(self.rename(name, config), parameter)
 
-    def expert_pieces(self, prefix: str, leaf: str, stack: Tensor) -> list[Piece]:
+    def expert_pieces(self, prefix: str, leaf: str, stack: Tensor) -> Iterator[Piece]:
         """gate_up_proj [E, 2F, D] and down_proj [E, D, F], stored expert by expert."""
-        if leaf == "down_proj":
-            return [Piece.of(f"{prefix}.{e}.down_proj.weight", w) for e, w in enumerate(stack)]
-        if leaf != "gate_up_proj":
+        if leaf not in ("gate_up_proj", "down_proj"):
             raise ConfigError(f"checkpoint family {self.model_type!r} has no experts with {leaf}")
         width = stack.shape[1] // 2
-        pieces = []
-        for expert, weight in enumerate(stack):
-            pieces.append(Piece.of(f"{prefix}.{expert}.gate_proj.weight", weight[:width]))
-            pieces.append(Piece.of(f"{prefix}.{expert}.up_proj.weight", weight[width:]))
-        return pieces
+        for expert in range(stack.shape[0]):
+            if leaf == "down_proj":
+                yield Piece.of(f"{prefix}.{expert}.down_proj.weight", stack[expert])
+                continue
+            yield Piece.of(f"{prefix}.{expert}.gate_proj.weight", stack[expert, :width])
+            yield Piece.of(f"{prefix}.{expert}.up_proj.weight", stack[expert, width:])
 
     def fit(self, config: ModelConfig, names: Iterable[str]) -> ModelConfig:
         """Adapt `config` to what the checkpoint holds (an optional head that was left out)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -85,19 +86,16 @@ class GptOss(Family):
     def rename(self, name: str, config: ModelConfig) -> str:
         return super().rename(name, config).replace(".mlp.gate", ".mlp.router")
 
-    def expert_pieces(self, prefix: str, leaf: str, stack: Tensor) -> list[Piece]:
+    def expert_pieces(self, prefix: str, leaf: str, stack: Tensor) -> Iterator[Piece]:
         count, rows = stack.shape[:2]
         if leaf == "down_proj":
-            view = stack.transpose(1, 2)
-            return [Piece.of(f"{prefix}.down_proj", view)]
-        if leaf == "gate_up_proj":
+            yield Piece.of(f"{prefix}.down_proj", stack.transpose(1, 2))
+        elif leaf == "gate_up_proj":
             hidden = stack.shape[2]
-            halves = stack.view(count, 2, rows // 2, hidden)
-            view = halves.permute(0, 3, 2, 1)  # [E, D, F, 2]
-            return [Piece(f"{prefix}.gate_up_proj", view, (count, hidden, rows))]
-        if leaf == "gate_up_bias":
+            view = stack.view(count, 2, rows // 2, hidden).permute(0, 3, 2, 1)  # [E, D, F, 2]
+            yield Piece(f"{prefix}.gate_up_proj", view, (count, hidden, rows))
+        elif leaf == "gate_up_bias":
             view = stack.view(count, 2, rows // 2).transpose(1, 2)
-            return [Piece(f"{prefix}.gate_up_proj_bias", view, (count, rows))]
-        if leaf == "down_bias":
-            return [Piece.of(f"{prefix}.down_proj_bias", stack)]
-        return super().expert_pieces(prefix, leaf, stack)
+            yield Piece(f"{prefix}.gate_up_proj_bias", view, (count, rows))
+        elif leaf == "down_bias":
+            yield Piece.of(f"{prefix}.down_proj_bias", stack)

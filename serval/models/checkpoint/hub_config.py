@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 from serval.errors import ConfigError
 from serval.models.config import ModelConfig, RopeConfig
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list"}
+
+MAX_LAYERS = 10_000  # a damaged config.json must not build modules for minutes
 
 
 class HubConfig:
@@ -16,18 +19,28 @@ class HubConfig:
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        return int(self._read(key, int, default))
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        return int(self._at_least(key, self._read(key, int, default), minimum))
 
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._read(key, float, default))
+    def number(self, key: str, default: float | None = None, minimum: float = 1e-30) -> float:
+        return float(self._at_least(key, self._read(key, float, default), minimum))
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self._read(key, bool, default))
 
-    def optional(self, key: str, kind: type) -> Any:
+    def optional(self, key: str, kind: type, minimum: int | None = None) -> Any:
         """The value, or None when the key is absent or null."""
-        return None if self.values.get(key) is None else self._read(key, kind, None)
+        if self.values.get(key) is None:
+            return None
+        value = self._read(key, kind, None)
+        return value if minimum is None else self._at_least(key, value, minimum)
+
+    @staticmethod
+    def _at_least(key: str, value: float, minimum: float) -> float:
+        if not minimum <= value < math.inf:  # NaN is refused too
+            wanted = "a positive number" if 0 < minimum < 1 else f"at least {minimum}"
+            raise ConfigError(f"config.json: {key} is {value!r}; expected {wanted}")
+        return value
 
     def must_be(self, key: str, *supported: Any) -> None:
         """Refuse a value that changes the model in a way Serval does not implement."""
@@ -60,20 +73,25 @@ class HubConfig:
 def read_common(hub: HubConfig, *, theta: float = 10000.0, eps: float = 1e-6) -> dict[str, Any]:
     """The fields of ModelConfig that are spelled alike in every family."""
     hub.must_be("hidden_act", "silu")
+    if hub.integer("num_hidden_layers") > MAX_LAYERS:
+        raise ConfigError(
+            f"config.json: num_hidden_layers is {hub.integer('num_hidden_layers')}; expected at "
+            f"most {MAX_LAYERS}"
+        )
     eos = hub.token_ids("eos_token_id")
     return {
         "vocab_size": hub.integer("vocab_size"),
         "hidden_size": hub.integer("hidden_size"),
         "num_hidden_layers": hub.integer("num_hidden_layers"),
         "num_attention_heads": hub.integer("num_attention_heads"),
-        "num_key_value_heads": hub.optional("num_key_value_heads", int),
-        "head_dim": hub.optional("head_dim", int),
+        "num_key_value_heads": hub.optional("num_key_value_heads", int, 1),
+        "head_dim": hub.optional("head_dim", int, 1),
         "intermediate_size": hub.integer("intermediate_size"),
         "max_position_embeddings": hub.integer("max_position_embeddings"),
         "rms_norm_eps": hub.number("rms_norm_eps", eps),
         "rope": read_rope(hub, theta),
         "tie_word_embeddings": hub.flag("tie_word_embeddings"),
-        "initializer_range": hub.number("initializer_range", 0.02),
+        "initializer_range": hub.number("initializer_range", 0.02, 0.0),
         "bos_token_id": hub.optional("bos_token_id", int),
         "eos_token_id": eos,
         "pad_token_id": hub.optional("pad_token_id", int),
@@ -131,7 +149,7 @@ def read_rope(hub: HubConfig, theta: float) -> RopeConfig:
     positions = hub.integer("max_position_embeddings")
     original = params.integer(
         f"{key}.original_max_position_embeddings",
-        hub.optional("original_max_position_embeddings", int) or positions,
+        hub.optional("original_max_position_embeddings", int, 1) or positions,
     )
     rope.original_max_position_embeddings = original
     if kind == "llama3":
@@ -142,9 +160,9 @@ def read_rope(hub: HubConfig, theta: float) -> RopeConfig:
     rope.factor = params.number(f"{key}.factor", positions / original)
     rope.beta_fast = params.number(f"{key}.beta_fast", 32.0)
     rope.beta_slow = params.number(f"{key}.beta_slow", 1.0)
-    rope.mscale = params.optional(f"{key}.mscale", float)
-    rope.mscale_all_dim = params.optional(f"{key}.mscale_all_dim", float)
-    rope.attention_factor = params.optional(f"{key}.attention_factor", float)
+    rope.mscale = params.optional(f"{key}.mscale", float, 0)
+    rope.mscale_all_dim = params.optional(f"{key}.mscale_all_dim", float, 0)
+    rope.attention_factor = params.optional(f"{key}.attention_factor", float, 0)
     rope.truncate = params.flag(f"{key}.truncate", True)
     return rope
 

@@ -32,10 +32,10 @@ class LongcatFlash(Family):
         hub.must_be("zero_expert_type", "identity")
         hub.must_be("attention_method", "MLA")
         hub.must_be("nextn_use_scmoe", False)
-        layers = hub.optional("num_layers", int)
+        layers = hub.optional("num_layers", int, 1)
         if layers is None:
             layers = hub.integer("num_hidden_layers") // 2
-        width = hub.optional("ffn_hidden_size", int) or hub.integer("intermediate_size")
+        width = hub.optional("ffn_hidden_size", int, 1) or hub.integer("intermediate_size")
         hub = HubConfig({**hub.values, "num_hidden_layers": layers, "intermediate_size": width})
         common = read_common(hub, theta=10_000_000.0, eps=1e-5)
         common["rope"].interleaved = True
@@ -45,7 +45,7 @@ class LongcatFlash(Family):
             mla.scale_q = (common["hidden_size"] / mla.q_lora_rank) ** 0.5
         if hub.flag("mla_scale_kv_lora", True):
             mla.scale_kv = (common["hidden_size"] / mla.kv_lora_rank) ** 0.5
-        top_k = hub.optional("moe_topk", int) or hub.integer("num_experts_per_tok")
+        top_k = hub.optional("moe_topk", int, 1) or hub.integer("num_experts_per_tok")
         moe = MoEConfig(
             num_experts=hub.integer("n_routed_experts"),
             top_k=top_k,
@@ -54,7 +54,7 @@ class LongcatFlash(Family):
             norm_topk_prob=hub.flag("norm_topk_prob"),
             routed_scaling_factor=hub.number("routed_scaling_factor", 1.0),
             selection_bias=True,
-            num_zero_experts=hub.optional("zero_expert_num", int) or 0,
+            num_zero_experts=hub.optional("zero_expert_num", int, 0) or 0,
             router_bias=hub.flag("router_bias"),
         )
         bias = hub.flag("attention_bias")
@@ -65,7 +65,7 @@ class LongcatFlash(Family):
             mla=mla,
             moe=moe,
             block="shortcut",
-            num_mtp_layers=hub.optional("num_nextn_predict_layers", int) or 0,
+            num_mtp_layers=hub.optional("num_nextn_predict_layers", int, 0) or 0,
             mtp_dense=True,
             family=self.model_type,
         )

@@ -59,11 +59,9 @@ class Qwen3MoE(Family):
         common = _read_normed(hub)
         layers = common["num_hidden_layers"]
         step = hub.integer("decoder_sparse_step", 1)
-        if step < 1:
-            raise ConfigError(f"config.json: decoder_sparse_step is {step}; expected at least 1")
         dense = hub.optional("mlp_only_layers", list) or []
         sparse = [(i + 1) % step == 0 and i not in dense for i in range(layers)]
-        window = hub.optional("sliding_window", int) if hub.flag("use_sliding_window") else None
+        window = hub.optional("sliding_window", int, 1) if hub.flag("use_sliding_window") else None
         count = hub.optional("num_experts", int) or hub.integer("num_local_experts", 128)
         moe = MoEConfig(
             num_experts=count,
@@ -112,8 +110,8 @@ def _read_normed(hub: HubConfig) -> dict[str, Any]:
 
 def _read_sliding(hub: HubConfig) -> dict[str, Any]:
     layers = hub.integer("num_hidden_layers")
-    window = hub.optional("sliding_window", int) if hub.flag("use_sliding_window") else None
-    first = hub.integer("max_window_layers", 28) if window else layers
+    window = hub.optional("sliding_window", int, 1) if hub.flag("use_sliding_window") else None
+    first = hub.integer("max_window_layers", 28, 0) if window else layers
     default = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     types = read_windows(hub, layers, default)
     if types is not None and window is None:

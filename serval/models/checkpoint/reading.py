@@ -153,6 +153,8 @@ class _Filler:
         for name, owner, leaf in plain:
             for piece in self.family.pieces(name, getattr(owner, leaf), self.config):
                 shapes[piece.name] = piece.shape
+                if len(shapes) > len(self.stored):  # something is missing: config.json may ask
+                    break  # for millions of experts
         for name, module in quantized.items():
             prefix = self.family.rename(name, self.config)
             for leaf, (shape, _) in module.checkpoint_spec().items():
