@@ -180,9 +180,15 @@ def _path(loc: Any) -> list[Any]:
     parts = list(loc)[1:] if loc and loc[0] in ("body", "path", "query") else list(loc)
     if parts and isinstance(parts[0], int) and len(parts) == 1:
         return []  # the byte offset of a JSON error
-    shapes = ("str", "int", "float", "bool", "list[", "constrained-", "function-", "dict[")
-    kept = [p for p in parts if isinstance(p, int) or not str(p).startswith(shapes)]
-    return [p for p in kept if not (isinstance(p, str) and p.endswith("]"))]
+    inner = [part for part in parts[1:] if isinstance(part, int) or not _is_branch(part)]
+    return parts[:1] + inner
+
+
+def _is_branch(part: str) -> bool:
+    """Whether pydantic put this into a path to say which member of a union it tried."""
+    return part in ("str", "int", "float", "bool") or part.startswith(
+        ("list[", "dict[", "literal[", "constrained-", "function-")
+    )
 
 
 def _reason(problem: Any) -> str:

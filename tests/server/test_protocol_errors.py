@@ -71,6 +71,10 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         (COMPLETE, {"prompt": "a" * 4000}, None, "context"),
         (COMPLETE, {"prompt": "a", "n": 128, "stream": False, "max_tokens": 0}, "max_tokens", "1"),
         ("/tokenize", {}, "prompt", "either"),
+        ("/tokenize", {"prompt": "a", "structured_outputs": {}}, "structured_outputs", "unknown"),
+        (CHAT, {**HELLO, "tool_choice": {"type": "x"}}, "tool_choice", "function"),
+        (CHAT, {**HELLO, "stream_options": {"usage": True}}, "stream_options", "unknown field"),
+        (CHAT, {**HELLO, "str": 1}, "str", "unknown field 'str'"),
         ("/detokenize", {"tokens": [99999]}, "tokens", "vocabulary"),
     ],
 )
