@@ -51,7 +51,7 @@ def _heatmap(axis: Axes, cells: Sequence[Cell], task: str, *, first: bool) -> No
 
 def bars(values: Mapping[str, float], title: str, unit: str = "", digits: int = 1) -> bytes:
     """One bar per name, its value above it."""
-    figure = _figure(width=1.6 + 0.95 * len(values), height=2.7)
+    figure = _figure(width=max(5.2, 1.1 * len(values)), height=2.9)
     axis = figure.subplots()
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(values))]
     drawn = axis.bar(range(len(values)), list(values.values()), width=0.6, color=colours)
@@ -67,7 +67,7 @@ def grouped_bars(
     """groups: label -> {series: value}; one cluster of bars per label, one colour per series."""
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.8 / max(1, len(series))
-    figure = _figure(width=1.8 + 0.65 * len(groups) * len(series), height=2.9)
+    figure = _figure(width=max(5.2, 0.65 * len(groups) * len(series)), height=2.9)
     axis = figure.subplots()
     for index, name in enumerate(series):
         heights = [values.get(name, float("nan")) for values in groups.values()]

@@ -31,16 +31,18 @@ class Measure:
         return "–" if math.isnan(value) else self.show(value)
 
     def difference(self, outcome: Outcome, base: Outcome) -> str:
-        """The change from `base`, or "" where there is nothing to compare."""
+        """The change from `base`, or "" where there is nothing to compare or nothing changed."""
         if outcome is base or self.change == "none":
             return ""
         new, old = self.value(outcome), self.value(base)
-        if math.isnan(new) or math.isnan(old) or old == 0 or new == 0:
+        if math.isnan(new) or math.isnan(old) or new == old:
+            return ""
+        if self.change == "points":
+            return f"{100 * (new - old):+.1f} points"
+        if old == 0 or new == 0:
             return ""
         if self.change == "percent":
             return f"{100 * (new / old - 1):+.2f} %"
-        if self.change == "points":
-            return f"{100 * (new - old):+.1f} points"
         if self.change == "ratio":
             return f"{old / new:.2f}x smaller"
         return f"{new / old:.2f}x"
@@ -93,15 +95,15 @@ _SPEEDS = [
 MEASURES: tuple[Measure, ...] = (
     Measure(
         "quality",
-        "perplexity, held-out text",
+        "perplexity",
         _text("perplexity"),
         lambda value: f"{value:.3f}",
         "percent",
     ),
-    Measure("quality", "KL from full precision, nats", _text("kl"), lambda value: f"{value:.5f}"),
-    Measure("quality", "same most likely token", _text("same_top"), percent),
-    Measure("quality", "retrieval: single needle", _task("needle"), percent, "points"),
-    Measure("quality", "retrieval: key-value", _task("key_value"), percent, "points"),
+    Measure("quality", "KL divergence, nats", _text("kl"), lambda value: f"{value:.5f}"),
+    Measure("quality", "same top token", _text("same_top"), percent),
+    Measure("quality", "retrieval, needle", _task("needle"), percent, "points"),
+    Measure("quality", "retrieval, key-value", _task("key_value"), percent, "points"),
     Measure("memory", "weights, loaded", lambda o: o.weight_bytes, megabytes, "ratio"),
     Measure("memory", "weights, on disk", lambda o: o.file_bytes, megabytes, "ratio"),
     Measure(
@@ -124,6 +126,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     """One row per measure, one column per variant, changes from the first one in brackets."""
     headings = [outcome.variant.name for outcome in outcomes]
     grid = Table("", *headings, box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.columns[0].no_wrap = True
     for column in grid.columns[1:]:
         column.justify = "right"
     previous = ""
@@ -136,7 +139,6 @@ def table(outcomes: Sequence[Outcome]) -> Table:
         cells = []
         for outcome in outcomes:
             change = measure.difference(outcome, outcomes[0])
-            note = f" [dim]({change})[/dim]" if change else ""
-            cells.append(measure.cell(outcome) + note)
+            cells.append(measure.cell(outcome) + (f"\n[dim]{change}[/dim]" if change else ""))
         grid.add_row(f"  {measure.label}", *cells)
     return grid

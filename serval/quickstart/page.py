@@ -90,7 +90,7 @@ def _cards(outcomes: Sequence[Outcome]) -> str:
 
 
 _HEADLINES = {
-    "perplexity, held-out text",
+    "perplexity",
     "weights, loaded",
     "cache per token",
     f"decode, batch {BATCHES[0]}",
