@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from serval.kernels.attention import paged_attention, paged_attention_int8
 from serval.kernels.cache_write import write_cache, write_cache_int8
+from serval.kernels.dense_linear import linear
 from serval.kernels.gated import swiglu
 from serval.kernels.grouped_linear import grouped_linear
 from serval.kernels.int8_linear import (
@@ -38,7 +36,3 @@ __all__ = [
     "write_cache",
     "write_cache_int8",
 ]
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)

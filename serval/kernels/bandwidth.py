@@ -1,0 +1,86 @@
+"""What this machine can do: the roofs against which benchmarks state a fraction.
+
+Each function measures for a fraction of a second and returns the best of several repeats, because other work on the
+machine can only make a repeat slower. Results are cached per number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from serval.kernels import jit
+
+_READ = jit.Kernel("probe", "probe_read", "plpi")
+_FMA = jit.Kernel("probe", "probe_fma", "lpi")
+_INT8 = jit.Kernel("probe", "probe_int8", "lpi")
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Measured limits; units in the names. A zero means that it could not be measured without a compiler."""
+
+    threads: int
+    read_gb_per_s: float
+    float32_gflop_per_s: float
+    int8_gop_per_s: float
+
+    def to_dict(self) -> dict[str, float]:
+        """As a JSON-ready dict."""
+        return asdict(self)
+
+
+def read_bandwidth(threads: int | None = None, *, megabytes: int = 256, repeats: int = 7) -> float:
+    """GB/s of `threads` threads (default: torch's) reading a buffer far larger than the caches."""
+    return _read_bandwidth(threads or torch.get_num_threads(), megabytes, repeats)
+
+
+@functools.cache
+def _read_bandwidth(threads: int, megabytes: int, repeats: int) -> float:
+    buffer = torch.ones(megabytes * 2**20 // 4)
+    out = torch.zeros(threads)
+    function = _READ.get()
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        if function is not None:
+            function(buffer.data_ptr(), buffer.numel(), out.data_ptr(), threads)
+        else:
+            buffer.sum()
+        best = min(best, time.perf_counter() - begin)
+    return buffer.nbytes / best / 1e9
+
+
+@functools.cache
+def _compute(kind: str, threads: int) -> float:
+    """Giga-operations per second of independent multiply-adds in registers."""
+    function = (_FMA if kind == "float32" else _INT8).get()
+    if function is None:
+        return 0.0
+    out = torch.zeros(threads)
+    rounds, best = 200_000, float("inf")
+    operations = 0
+    for _ in range(7):
+        begin = time.perf_counter()
+        operations = function(rounds, out.data_ptr(), threads)
+        best = min(best, time.perf_counter() - begin)
+    return rounds * 12 * operations * threads / best / 1e9
+
+
+def float32_roof(threads: int | None = None) -> float:
+    """GFLOP/s of float32 multiply-adds in registers."""
+    return _compute("float32", threads or torch.get_num_threads())
+
+
+def int8_roof(threads: int | None = None) -> float:
+    """GOP/s of the int8 dot products that `int8_linear` uses on this CPU, in registers."""
+    return _compute("int8", threads or torch.get_num_threads())
+
+
+def roofs(threads: int | None = None) -> Roofs:
+    """All limits for `threads` threads (default: torch's)."""
+    threads = threads or torch.get_num_threads()
+    return Roofs(threads, read_bandwidth(threads), float32_roof(threads), int8_roof(threads))
