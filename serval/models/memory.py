@@ -133,4 +133,6 @@ def _document_attention(
             bias = torch.cat([bias.expand(heads, -1, -1), column], dim=-1)
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return o[0].transpose(0, 1)[..., :value_dim]
+    o = o.squeeze(0).transpose(0, 1)
+    # slicing only when there is something to cut: its backward fills and copies a whole tensor
+    return o if o.shape[-1] == value_dim else o[..., :value_dim]
