@@ -71,7 +71,7 @@ class ConstraintCompiler:
             return None
         try:
             grammar = _grammar(params)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise RequestError(f"the output constraint is invalid: {error}") from None
         with self._lock:
             vocabulary = self._vocabulary()
@@ -120,4 +120,4 @@ def _literal(text: str) -> str:
 
 
 def _first_line(matcher: LLMatcher) -> str:
-    return matcher.get_error().strip().split("\n")[0]
+    return matcher.get_error().strip().split("\n")[0][:300]

@@ -39,7 +39,8 @@ class LLM:
     """Generate text with one model.
 
     Args:
-        model: a checkpoint directory, a hub name, or a `Decoder`.
+        model: a checkpoint directory, a hub name, or a `Decoder` (used as it is; `dtype` and
+            `device` move it in place).
         tokenizer: a Hugging Face tokenizer or where to load one; by default the model's own.
         kv: cache layout (`serval methods` lists them), or one per attention layer.
         max_model_len: tokens of prompt and output together; by default what the model was made
@@ -197,7 +198,10 @@ class LLM:
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise RequestError("this engine has no tokenizer: give token ids instead of text")
-        return self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        try:
+            return self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        except (TypeError, ValueError) as error:  # lone surrogates, for example
+            raise RequestError(f"the prompt cannot be tokenised: {error}") from error
 
     def stats(self) -> EngineStats:
         """What the engine is doing now."""

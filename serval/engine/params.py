@@ -160,7 +160,7 @@ class SamplingParams:
         if isinstance(self.json_schema, str):
             try:
                 json.loads(self.json_schema)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise RequestError(f"json_schema is not valid JSON: {error}") from None
 
 

@@ -175,6 +175,13 @@ def test_min_tokens_yields_to_a_finished_grammar() -> None:
     assert output.outputs[0].text == "no"
 
 
+def deep_schema(depth: int) -> dict:
+    schema: dict = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -182,6 +189,11 @@ def test_min_tokens_yields_to_a_finished_grammar() -> None:
         {"grammar": "start: missing_rule"},
         {"json_schema": {"type": "no-such-type"}},
         {"json_schema": {"type": "object", "properties": 3}},
+        {"json_schema": {"$ref": "file:///etc/passwd"}},
+        {"json_schema": {"type": {1, 2}}},
+        {"json_schema": deep_schema(3000)},
+        {"regex": "(" * 50_000 + ")" * 50_000},
+        {"choice": ["\ud800"]},
     ],
 )
 def test_invalid_grammars_are_refused(options: dict) -> None:
@@ -189,6 +201,13 @@ def test_invalid_grammars_are_refused(options: dict) -> None:
     with pytest.raises(RequestError, match="constraint is invalid"):
         llm.generate([[1]], SamplingParams(**options))
     assert not llm.engine.requests
+
+
+def test_hostile_text_is_refused() -> None:
+    with pytest.raises(RequestError, match="json_schema is not valid JSON"):
+        SamplingParams(json_schema="[" * 100_000)
+    with pytest.raises(RequestError, match="cannot be tokenised"):
+        tiny_llm().generate("\ud800")
 
 
 def test_constraints_need_a_fast_tokenizer() -> None:
