@@ -53,6 +53,16 @@ class RequestStream:
             self._open -= 1
         return delta
 
+    def ready(self) -> list[Delta]:
+        """The deltas that have arrived already; for listeners that fell behind."""
+        found = []
+        while self._open > 0 and not self._queue.empty():
+            delta = self._queue.get_nowait()
+            if delta.finish_reason is not None:
+                self._open -= 1
+            found.append(delta)
+        return found
+
     def abort(self) -> None:
         """Cancel what is still running."""
         self._owner.abort(self.request_id)

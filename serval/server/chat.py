@@ -93,6 +93,7 @@ def _active_tools(body: ChatCompletionRequest) -> list[Tool]:
 async def _prepare(
     body: ChatCompletionRequest, tools: list[Tool], state: State, arrived: float
 ) -> _Job:
+    state.admission.check(body.n or 1)  # before the work of tokenising
     _, prompt = await state.codec.encode_chat(
         body.messages,
         tools or None,

@@ -63,7 +63,9 @@ async def create_completion(request: Request, body: CompletionRequest, state: St
 async def _prepare(body: CompletionRequest, state: State, arrived: float) -> _Job:
     codec = state.codec
     texts, prompts = [], []
-    for prompt in _prompts(body.prompt):
+    given = _prompts(body.prompt)
+    state.admission.check(len(given) * (body.n or 1))  # before the work of tokenising
+    for prompt in given:
         if isinstance(prompt, str):
             special = body.add_special_tokens is not False
             ids = await codec.encode(prompt, special_tokens=special, param="prompt")

@@ -34,14 +34,16 @@ class EngineStream:
     async def __anext__(self) -> Batch:
         if self.error is not None:
             raise self.error
-        delta = await self._stream.__anext__()
-        if delta.finish_reason is not None:
-            self._unfinished -= 1
-            if not self._unfinished:
-                self._owner.live.discard(self)
-        if delta.finish_reason == "abort":
-            self._check_abort(delta)
-        batch = Batch([_piece(delta)])
+        first = await self._stream.__anext__()
+        deltas = [first, *self._stream.ready()]
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self._unfinished -= 1
+                if not self._unfinished:
+                    self._owner.live.discard(self)
+            if delta.finish_reason == "abort":
+                self._check_abort(delta)
+        batch = Batch(_pieces(deltas))
         if self._first:
             self._first = False
             request = self._stream.request
@@ -136,6 +138,21 @@ class EngineBackend:
 
     def close(self) -> None:
         self.engine.shutdown()
+
+
+def _pieces(deltas: list[Delta]) -> list[Piece]:
+    """One piece per choice: what came while nobody listened is told in one go."""
+    merged: dict[int, Piece] = {}
+    for delta in deltas:
+        piece = _piece(delta)
+        before = merged.setdefault(piece.index, piece)
+        if before is not piece:
+            before.text += piece.text
+            before.token_ids = before.token_ids + piece.token_ids
+            before.finish_reason = piece.finish_reason
+            if piece.logprobs:
+                before.logprobs = (before.logprobs or []) + piece.logprobs
+    return list(merged.values())
 
 
 def _piece(delta: Delta) -> Piece:

@@ -204,6 +204,9 @@ class EventStream(Response):
                 start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                 await send(start)
             await send({"type": "http.response.body", "body": data, "more_body": more})
+            # Sending does not yield; without this, a loop that fell behind would write on and on
+            # before it could notice that the client is gone.
+            await asyncio.sleep(0)
 
         try:
             events = self.events()

@@ -124,9 +124,8 @@ class Admission:
         self.in_flight = 0
         self.draining = False
 
-    @contextmanager
-    def admit(self, sequences: int) -> Iterator[None]:
-        """Hold `sequences` places; raises APIError 429 (full), 503 (draining), 400 (never fits)."""
+    def check(self, sequences: int) -> None:
+        """Raise APIError 429 (full), 503 (draining) or 400 (never fits) unless there is room."""
         if self.draining:
             raise APIError(503, "the server is shutting down", headers={"Retry-After": "5"})
         if sequences > self.capacity:
@@ -144,6 +143,11 @@ class Admission:
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
+
+    @contextmanager
+    def admit(self, sequences: int) -> Iterator[None]:
+        """Hold `sequences` places; raises what `check` raises."""
+        self.check(sequences)
         self.in_flight += sequences
         try:
             yield

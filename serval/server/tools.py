@@ -18,7 +18,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from serval.errors import RequestError
+
 OPEN, CLOSE, PYTHON_TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
+_FIRST_KEYS = ('"name"', '"type"', '"id"', '"parameters"', '"arguments"')  # of a Llama-style call
 
 
 @dataclass
@@ -72,11 +75,14 @@ class ToolParser:
 
     def _may_be_llama(self) -> bool:
         start = self.held.lstrip()
-        if not start:
+        if not start or start.startswith((PYTHON_TAG[: len(start)], PYTHON_TAG)):
             return True
-        if start.startswith((PYTHON_TAG[: len(start)], PYTHON_TAG)):
-            return True
-        return start[0] in "{["
+        if start[0] == "[":
+            start = start[1:].lstrip()
+        if start[:1] not in ("", "{"):
+            return False
+        key = start[1:].lstrip()
+        return any(key.startswith(name[: len(key)]) for name in _FIRST_KEYS)
 
     def _scan(self) -> tuple[str, list[Call]]:
         content: list[str] = []
@@ -154,22 +160,28 @@ def forced_call_schema(tools: list[dict[str, Any]], name: str | None) -> dict[st
     """JSON schema of `{"name": ..., "arguments": ...}` for one tool, or any of them.
 
     `tools` are OpenAI tool objects; `name` picks one of them. Used with constrained decoding when a
-    request demands a call.
+    request demands a call. Raises RequestError when their definitions collide.
     """
     variants = []
+    shared: dict[str, dict[str, Any]] = {}  # references point to the schema's root
     for tool in tools:
         function = tool["function"]
         if name is not None and function["name"] != name:
             continue
+        parameters = dict(function.get("parameters") or {"type": "object"})
+        for key in ("$defs", "definitions"):
+            for label, definition in (parameters.pop(key, None) or {}).items():
+                if shared.setdefault(key, {}).setdefault(label, definition) != definition:
+                    raise RequestError(
+                        f"two tools define {key}/{label} differently; rename one of the two"
+                    )
         variants.append(
             {
                 "type": "object",
-                "properties": {
-                    "name": {"const": function["name"]},
-                    "arguments": function.get("parameters") or {"type": "object"},
-                },
+                "properties": {"name": {"const": function["name"]}, "arguments": parameters},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
         )
-    return variants[0] if len(variants) == 1 else {"anyOf": variants}
+    whole = variants[0] if len(variants) == 1 else {"anyOf": variants}
+    return {**whole, **shared}

@@ -10,13 +10,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from serval.server.engine import EngineBackend
-
 
 class LiveServer:
     """Runs an application with uvicorn on a free loopback port; use as a context manager."""
 
-    def __init__(self, app: FastAPI, backend: EngineBackend) -> None:
+    def __init__(self, app: FastAPI, backend: Any) -> None:
         self.app, self.backend = app, backend
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))

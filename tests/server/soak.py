@@ -150,7 +150,7 @@ class Client:
         path = self.rng.choice(("/v1/completions", "/v1/chat/completions", "/tokenize"))
         data = self.rng.choice(GARBAGE)
         answer = await self.http.post(path, content=data, headers=JSON)
-        self.note(answer, 400, 404)
+        self.note(answer, 400, 404, 429)
         json.loads(answer.content)["error"]["message"]
 
     async def broken_http(self) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from serval.server.app import create_app
+from serval.server.state import AppOptions
 from tests.server.live import LiveServer
+from tests.server.scripted import ScriptedBackend
 
 LONG = {"prompt": "The serval", "max_tokens": 200, "ignore_eos": True}
 
@@ -123,3 +126,17 @@ def test_stream_form(server: LiveServer) -> None:
     assert text.endswith("data: [DONE]\n\n")
     for event in text.split("\n\n")[:-2]:
         assert json.loads(event.removeprefix("data: "))["object"] == "text_completion"
+
+
+def test_bodies_that_never_arrive(tokenizer: Any) -> None:
+    backend = ScriptedBackend(tokenizer, ["a"])
+    with LiveServer(create_app(backend, AppOptions(body_timeout=0.2)), backend) as live:
+        with socket.create_connection(live.listener.getsockname()) as connection:
+            head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(head + b"Content-Length: 90\r\n\r\n{")
+            connection.settimeout(10)
+            reply = b""
+            while data := connection.recv(4096):
+                reply += data
+        assert reply.startswith(b"HTTP/1.1 408")
+        assert b'"error"' in reply

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from serval.errors import RequestError
 from serval.server.app import create_app
 from serval.server.tools import ToolParser, forced_call_schema
 from tests.server.scripted import ScriptedBackend
@@ -74,6 +75,27 @@ def test_forced_schema() -> None:
     one = forced_call_schema([tool("a"), tool("b")], "b")
     assert one["properties"]["name"] == {"const": "b"}
     assert len(forced_call_schema([tool("a"), tool("b")], None)["anyOf"]) == 2
+
+
+def test_definitions_move_to_the_root() -> None:
+    def tool(name: str, legs: int) -> dict[str, Any]:
+        parameters = {
+            "properties": {"c": {"$ref": "#/$defs/Cat"}},
+            "$defs": {"Cat": {"enum": [legs]}},
+        }
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    schema = forced_call_schema([tool("a", 4), tool("b", 4)], None)
+    assert schema["$defs"] == {"Cat": {"enum": [4]}}
+    assert "$defs" not in schema["anyOf"][0]["properties"]["arguments"]
+    with pytest.raises(RequestError, match="Cat"):
+        forced_call_schema([tool("a", 4), tool("b", 3)], None)
+
+
+def test_json_that_is_no_call_is_not_held_back() -> None:
+    parser = ToolParser(["weather"])
+    assert parser.push('{"ans') == ('{"ans', [])
+    assert parser.push('wer": [1') == ('wer": [1', [])
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
