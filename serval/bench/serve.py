@@ -27,7 +27,7 @@ from serval.bench.servers import (
 )
 
 PEERS: dict[str, Command] = {
-    "transformers serve, continuous batching": transformers_command,
+    "transformers serve": transformers_command,
     "llama-cpp-python server": llama_cpp_command,
 }
 
@@ -138,9 +138,8 @@ def summarise(answers: list[Answer]) -> dict[str, float]:
     gaps = [gap for a in answers for gap in np.diff(a.events).tolist()]
     result: dict[str, float] = {}
     for name, values in (("first_token", first), ("token", gaps)):
-        for percent in (50, 99):
-            value = float(np.percentile(values, percent)) if values else float("nan")
-            result[f"{name}_p{percent}_ms"] = 1000.0 * value
+        for percent in (50, 99) if values else ():
+            result[f"{name}_p{percent}_ms"] = 1000.0 * float(np.percentile(values, percent))
     return result
 
 

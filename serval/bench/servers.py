@@ -109,8 +109,8 @@ def serval_command(model: str, port: int, threads: int) -> list[str]:
 
 
 def transformers_command(model: str, port: int, threads: int) -> list[str]:
-    """`transformers serve` with continuous batching; the cache holds what the load needs (by
-    default it would take most of the memory)."""
+    """`transformers serve` as it starts by default: one request at a time, the others wait. With
+    `--continuous-batching` transformers 5.17 accepts requests on a CPU and never answers them."""
     launcher = Path(sys.executable).with_name("transformers")
     if not launcher.exists():
         raise MissingPeerError("transformers serve", "pip install 'transformers[serving]'")
@@ -118,15 +118,10 @@ def transformers_command(model: str, port: int, threads: int) -> list[str]:
         str(launcher),
         "serve",
         str(model_directory(model)),
-        "--continuous-batching",
         "--device",
         "cpu",
         "--dtype",
         "float32",
-        "--cb-block-size",
-        "32",
-        "--cb-num-blocks",
-        "1024",
         "--port",
         str(port),
     ]
