@@ -7,16 +7,29 @@ float32, `D + Dv + 8` in int8, whatever the number of query heads. Floor of pref
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from serval.errors import CacheError
 from serval.kernels import jit
-from serval.kernels.attention import gpu, reference
+from serval.kernels.attention import reference
 
 _SIGNATURE = "plll l plll plll l lll pp pl pp ll f l p p i"
 _F32 = jit.Kernel("attention", "paged_attention_f32", _SIGNATURE)
 _INT8 = jit.Kernel("attention", "paged_attention_int8", _SIGNATURE)
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The Triton implementations, or None without Triton; imported late, as Triton is slow to load."""
+    try:
+        from serval.kernels.attention import gpu
+    except ImportError:
+        return None
+    return gpu
 
 
 def check_status(status: int, block_tables: Tensor, context_lens: Tensor, blocks: int) -> None:
@@ -86,7 +99,8 @@ def _paged_attention(
     query_starts: Tensor, scale: float, window: int | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     rest = (block_tables, context_lens, query_starts, scale, window, sinks)
-    if q.is_cuda and gpu.available():
+    gpu = triton_kernels() if q.is_cuda else None
+    if gpu is not None:
         return gpu.paged_attention(q, key_cache, value_cache, *rest)
     if q.device.type == "cpu" and key_cache.dtype == value_cache.dtype == torch.float32:
         function = _F32.get()
@@ -101,7 +115,8 @@ def _paged_attention_int8(
     window: int | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     rest = (block_tables, context_lens, query_starts, scale, window, sinks)
-    if q.is_cuda and gpu.available():
+    gpu = triton_kernels() if q.is_cuda else None
+    if gpu is not None:
         return gpu.paged_attention(
             q, key_cache, value_cache, *rest, key_scales=key_scales, value_scales=value_scales
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from serval.kernels import jit
-from serval.kernels.attention import check_status, int32
+from serval.kernels.attention import check_status, int32, triton_kernels
 from serval.kernels.latent_attention import reference
 
 _F32 = jit.Kernel(
@@ -23,6 +23,11 @@ def _paged_latent_attention(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_tables: Tensor, context_lens: Tensor,
     query_starts: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
+    gpu = triton_kernels() if q_latent.is_cuda else None
+    if gpu is not None:
+        return gpu.paged_latent_attention(
+            q_latent, q_rope, cache, block_tables, context_lens, query_starts, scale
+        )
     on_cpu = q_latent.device.type == "cpu" and cache.dtype == torch.float32
     function = _F32.get() if on_cpu else None
     if function is None:
