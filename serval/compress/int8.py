@@ -12,7 +12,8 @@ routers, MLA's kv_b_proj (the cache multiplies by it), biases, and by default em
 
 `head=True` also quantises the output head, which decoding one sequence reads whole for each token.
 If it is tied, the shared table becomes int8 for both uses. Such a checkpoint loads in Serval;
-transformers does not load a quantised tied table.
+transformers does not load a quantised tied table, nor (as of 5.17) the experts of any
+compressed-tensors checkpoint.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ reused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import median
@@ -31,36 +32,44 @@ class Speed:
 
 
 def measure_speed(
-    llm: LLM,
-    vocab_size: int,
-    *,
-    batch: int,
-    prompt: int,
-    output: int,
-    repeats: int = 3,
-    seed: int = 0,
+    llm: LLM, *, batch: int, prompt: int, output: int, repeats: int = 3, seed: int = 0
 ) -> Speed:
     """Generate from random prompts after one warm-up run."""
+    return measure_speeds(
+        [llm], batch=batch, prompt=prompt, output=output, repeats=repeats, seed=seed
+    )[0]
+
+
+def measure_speeds(
+    llms: Sequence[LLM], *, batch: int, prompt: int, output: int, repeats: int = 3, seed: int = 0
+) -> list[Speed]:
+    """Measure several engines in turn, round by round, so that a machine that slows down meanwhile
+    slows them all; the order of the result is that of `llms`."""
     rng = Random(f"{seed}/{batch}")
+    first: list[list[float]] = [[] for _ in llms]
+    whole: list[list[float]] = [[] for _ in llms]
+    for turn in range(-1, repeats):  # turn -1 warms up
+        for index, llm in enumerate(llms):
+            for tokens, times in ((1, first[index]), (output, whole[index])):
+                took = _generate(llm, rng, batch, prompt, tokens if turn >= 0 else 2)
+                if turn >= 0:
+                    times.append(took)
+    speeds = []
+    for prefilling, generating in zip(map(median, first), map(median, whole), strict=True):
+        decoding = max(generating - prefilling, 1e-9)
+        prefill, decode = batch * prompt / prefilling, batch * (output - 1) / decoding
+        speeds.append(Speed(batch, prompt, output, prefill, decode))
+    return speeds
 
-    def run(tokens: int) -> float:
-        prompts = [[rng.randrange(vocab_size) for _ in range(prompt)] for _ in range(batch)]
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-        start = perf_counter()
-        llm.generate(prompts, params)
-        return perf_counter() - start
 
-    run(2)
-    first = median(run(1) for _ in range(repeats))
-    whole = median(run(output) for _ in range(repeats))
-    decoding = max(whole - first, 1e-9)
-    return Speed(
-        batch=batch,
-        prompt=prompt,
-        output=output,
-        prefill=batch * prompt / first,
-        decode=batch * (output - 1) / decoding,
-    )
+def _generate(llm: LLM, rng: Random, batch: int, prompt: int, tokens: int) -> float:
+    """Seconds to generate `tokens` tokens from each of `batch` random prompts."""
+    vocabulary = llm.decoder.config.vocab_size
+    prompts = [[rng.randrange(vocabulary) for _ in range(prompt)] for _ in range(batch)]
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    start = perf_counter()
+    llm.generate(prompts, params)
+    return perf_counter() - start
 
 
 def weight_bytes(decoder: Decoder) -> int:

@@ -12,6 +12,7 @@ from time import perf_counter
 from rich.console import Console
 from rich.text import Text
 
+from serval.engine.llm import LLM
 from serval.errors import ConfigError, ServalError
 from serval.evaluate import EvalOptions, Evaluator
 from serval.evaluate.progress import progress_bar
@@ -20,7 +21,16 @@ from serval.models import checkpoint
 from serval.quickstart import measures, page
 from serval.quickstart.page import Completion
 from serval.quickstart.serving import complete, serving
-from serval.quickstart.variants import VARIANTS, Outcome, Variant, make_checkpoint, measure
+from serval.quickstart.variants import (
+    BATCHES,
+    VARIANTS,
+    Outcome,
+    Variant,
+    add_speeds,
+    make_checkpoint,
+    make_engine,
+    measure,
+)
 
 ASSET = "assets/serval-tiny"
 PROMPT = 'def read_json(path):\n    """Read a JSON file and return its contents."""\n'
@@ -68,6 +78,7 @@ def run(options: QuickstartOptions | None = None, console: Console | None = None
 def _measure_all(
     options: QuickstartOptions, model: Path, out: Path, console: Console
 ) -> list[Outcome]:
+    made: dict[str, Path] = {}
     evaluator = Evaluator(
         EvalOptions(
             model,
@@ -78,25 +89,35 @@ def _measure_all(
             samples=options.samples,
         )
     )
-    reference = checkpoint.load(model)
     outcomes: list[Outcome] = []
+    llms: list[LLM] = []
     for number, variant in enumerate(options.variants, start=1):
-        title = f"{number}/{len(options.variants)} {variant.name}"
-        with _timed(console, title) as add:
-            directory = make_checkpoint(variant, model, out / "models")
+        with _timed(console, f"{number}. {variant.name}") as add:
+            directory = made.get(variant.slug) or make_checkpoint(variant, model, out / "models")
+            made[variant.slug] = directory
+            llms.append(make_engine(variant, directory, evaluator.tokenizer))
             with progress_bar(console, "  ") as progress:
                 outcomes.append(
                     measure(
                         variant,
                         directory,
+                        llms[-1],
                         evaluator,
-                        reference=reference if variant.weights or variant.kv != "full" else None,
-                        prompt=options.speed_prompt,
-                        output=options.speed_output,
+                        reference=llms[0].decoder if outcomes else None,
                         progress=progress,
                     )
                 )
             add(_summary(outcomes[-1]))
+    with _timed(console, f"{len(outcomes) + 1}. speed of all, in turn") as add:
+        with progress_bar(console, "  ") as progress:
+            add_speeds(
+                outcomes,
+                llms,
+                prompt=options.speed_prompt,
+                output=options.speed_output,
+                progress=progress,
+            )
+        add(f"batch {' and '.join(map(str, BATCHES))}")
     return outcomes
 
 

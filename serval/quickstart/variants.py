@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from serval.compress import run as compress
 from serval.engine.llm import LLM
 from serval.evaluate import EvalResult, Evaluator
 from serval.evaluate.pipeline import Progress
-from serval.evaluate.speed import Speed, cache_bytes, measure_speed, weight_bytes
+from serval.evaluate.speed import Speed, cache_bytes, measure_speeds, weight_bytes
 from serval.models import checkpoint
 from serval.models.decoder import Decoder
 
@@ -52,7 +53,7 @@ class Outcome:
     weight_bytes: int
     cache_bytes_per_token: int
     quality: EvalResult
-    speed: list[Speed]
+    speed: list[Speed] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,37 +68,32 @@ class Outcome:
 
 
 def make_checkpoint(variant: Variant, model: Path, folder: Path) -> Path:
-    """The variant's checkpoint directory below `folder`, compressed if it is not there yet."""
+    """The variant's checkpoint directory: `model` itself, or compressed below `folder`."""
     if variant.weights is None:
         return model
     out = folder / variant.slug
-    if not (out / "config.json").exists():
-        options = CompressOptions(model, out, variant.weights, variant.settings, force=True)
-        compress(options)
+    compress(CompressOptions(model, out, variant.weights, variant.settings, force=True))
     return out
+
+
+def make_engine(variant: Variant, directory: Path, tokenizer: Any) -> LLM:
+    """An engine of the variant; without prefix reuse, which would skip what is measured."""
+    decoder = checkpoint.load(directory)
+    return LLM(decoder, tokenizer=tokenizer, kv=variant.kv, prefix_caching=False)
 
 
 def measure(
     variant: Variant,
     directory: Path,
+    llm: LLM,
     evaluator: Evaluator,
     *,
     reference: Decoder | None,
-    prompt: int,
-    output: int,
     progress: Progress,
 ) -> Outcome:
-    """Load a checkpoint and measure it. prompt, output: tokens per sequence when timing."""
-    decoder = checkpoint.load(directory)
-    llm = LLM(decoder, tokenizer=evaluator.tokenizer, kv=variant.kv, prefix_caching=False)
-    speed = []
-    for done, batch in enumerate(BATCHES):
-        progress("speed", done, len(BATCHES))
-        vocabulary = decoder.config.vocab_size
-        speed.append(measure_speed(llm, vocabulary, batch=batch, prompt=prompt, output=output))
-    progress("speed", len(BATCHES), len(BATCHES))
+    """Sizes and quality of one variant; reference: the model it is compared with."""
     quality = evaluator.measure(
-        decoder,
+        llm.decoder,
         name=variant.name,
         kv=variant.kv,
         reference=reference,
@@ -108,8 +104,24 @@ def measure(
         variant=variant,
         directory=directory,
         file_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
-        weight_bytes=weight_bytes(decoder),
-        cache_bytes_per_token=cache_bytes(decoder, variant.kv),
+        weight_bytes=weight_bytes(llm.decoder),
+        cache_bytes_per_token=cache_bytes(llm.decoder, variant.kv),
         quality=quality,
-        speed=speed,
     )
+
+
+def add_speeds(
+    outcomes: Sequence[Outcome],
+    llms: Sequence[LLM],
+    *,
+    prompt: int,
+    output: int,
+    progress: Progress,
+) -> None:
+    """Time all variants in turn. prompt, output: tokens per sequence."""
+    for done, batch in enumerate(BATCHES):
+        progress("speed", done, len(BATCHES))
+        speeds = measure_speeds(llms, batch=batch, prompt=prompt, output=output)
+        for outcome, speed in zip(outcomes, speeds, strict=True):
+            outcome.speed.append(speed)
+    progress("speed", len(BATCHES), len(BATCHES))

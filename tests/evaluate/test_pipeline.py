@@ -105,7 +105,7 @@ def test_bad_options_are_named(model, texts):
 def test_speed_and_sizes():
     decoder = toy_decoder()
     llm = LLM(decoder, prefix_caching=False)
-    speed = measure_speed(llm, 320, batch=2, prompt=16, output=6, repeats=1)
+    speed = measure_speed(llm, batch=2, prompt=16, output=6, repeats=1)
     assert speed.prefill > 0
     assert speed.decode > 0
     assert weight_bytes(decoder) == 4 * sum(p.numel() for p in decoder.parameters())
