@@ -12,6 +12,7 @@ from serval.registry import Entry
 # seam -> (import path of its registry, how it is chosen)
 SEAMS = {
     "checkpoint family": ("serval.models.checkpoint:FAMILIES", "config.json model_type"),
+    "initializer": ("serval.models.initialize:INITIALIZERS", "recipe initializer"),
     "cache layout": ("serval.cache.layouts:LAYOUTS", "serve --kv"),
     "data source": ("serval.data.sources:SOURCES", "recipe data.source"),
     "optimizer": ("serval.optim:OPTIMIZERS", "recipe optimizer.name"),

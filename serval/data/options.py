@@ -16,7 +16,7 @@ from serval.data.chat import ChatDocuments
 from serval.data.corpus import Corpus
 from serval.data.packing import Document, Maker, PackedStream, Part
 from serval.data.sources import documents, split_of
-from serval.data.synthetic import TASKS, Encode, Filler, make_sample, training_document
+from serval.data.synthetic import TRAINING_TASKS, Encode, Filler, make_sample, training_document
 from serval.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from serval.data.words import NOUNS, key_names
 from serval.errors import ConfigError, DataError
@@ -103,9 +103,11 @@ def held_out_texts(options: DataOptions) -> list[str]:
 
 
 def _check(options: DataOptions) -> None:
-    unknown = sorted(set(options.tasks) - set(TASKS))
+    unknown = sorted(set(options.tasks) - set(TRAINING_TASKS))
     if unknown:
-        raise ConfigError(f"data.tasks.{unknown[0]}: unknown task; choose: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"data.tasks.{unknown[0]}: unknown task; choose: {', '.join(TRAINING_TASKS)}"
+        )
     shares = sum(part.share for part in options.tasks.values())
     shares += options.chat.share if options.chat else 0.0
     if shares > 1:

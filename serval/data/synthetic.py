@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from serval.data.words import NOUNS, key_names
+from serval.data.words import ADJECTIVES, NOUNS, key_names
 from serval.errors import ConfigError
 
 Encode = Callable[[str], list[int]]
@@ -183,11 +183,25 @@ TASKS: dict[str, Callable[[Random, Filler, int], Sample]] = {
 }
 
 
+def copy(rng: Random, filler: Filler, length: int) -> Sample:
+    """Training only: random words, then the same words again; the shortest road to retrieval."""
+    words: list[str] = []
+    used = 0
+    while used < length // 2 or len(words) < 2:
+        words.append(f" {rng.choice(NOUNS if len(words) % 2 else ADJECTIVES)}")
+        used += len(filler.encode(words[-1]))
+    text = "".join(words)
+    return Sample([(f"List:{text}\n", False)], [Query("List:", text, 0.5)])
+
+
+TRAINING_TASKS = {**TASKS, "copy": copy}
+
+
 def make_sample(task: str, rng: Random, filler: Filler, length: int) -> Sample:
     """A sample of `task` whose context has about `length` tokens (never more)."""
-    if task not in TASKS:
-        raise ConfigError(f"unknown task {task!r}; choose one of: {', '.join(TASKS)}")
-    return TASKS[task](rng, filler, length)
+    if task not in TRAINING_TASKS:
+        raise ConfigError(f"unknown task {task!r}; choose one of: {', '.join(TRAINING_TASKS)}")
+    return TRAINING_TASKS[task](rng, filler, length)
 
 
 def training_document(

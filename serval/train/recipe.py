@@ -111,12 +111,14 @@ class CheckpointSection(Section):
 class Recipe(Section):
     """One training run.
 
-    output: directory of the run. model: fields of `ModelConfig` (vocab_size comes from the
+    output: directory of the run. initializer: a key of `serval.models.initialize.INITIALIZERS`, for
+    fresh weights. model: fields of `ModelConfig` (vocab_size comes from the
     tokenizer), or `path` of a checkpoint to continue from. data: see `serval.data.options`.
     """
 
     output: str
     seed: NonNegative = 0
+    initializer: str = "normal"
     model: dict[str, Any]
     data: DataOptions
     optimizer: OptimizerSection = OptimizerSection()

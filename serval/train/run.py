@@ -27,6 +27,7 @@ from serval.data.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 from serval.errors import ConfigError, MissingExtraError
 from serval.models.config import ModelConfig
 from serval.models.decoder import Decoder
+from serval.models.initialize import INITIALIZERS
 from serval.optim import SCHEDULES, build
 from serval.optim.schedules import Schedule
 from serval.registry import resolve
@@ -125,17 +126,18 @@ def prepare_directory(recipe: Recipe, world: World, fresh: bool) -> None:
     """Create the output directory with a copy of the recipe; `fresh` clears an earlier run."""
     directory = recipe.directory
     if world.is_main:
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                for name in ("checkpoints", "tokenizer", "tensorboard", "model"):
+                    shutil.rmtree(directory / name, ignore_errors=True)
+            (directory / "recipe.yaml").write_text(text)
         except OSError as error:
             raise ConfigError(
-                f"output: cannot create {recipe.output!r} ({error.strerror}); set another 'output'"
+                f"output: cannot create {recipe.output!r} ({error.strerror}); make room or set "
+                "another 'output'"
             ) from error
-        if fresh:
-            for name in ("checkpoints", "tokenizer", "tensorboard", "model"):
-                shutil.rmtree(directory / name, ignore_errors=True)
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (directory / "recipe.yaml").write_text(text)
     world.barrier()
 
 
@@ -178,6 +180,7 @@ def build_decoder(recipe: Recipe, data: Data) -> Decoder:
     else:
         config = model_config(recipe, data)
         decoder = Decoder(config)
+        resolve(INITIALIZERS, recipe.initializer, "initializer")(decoder)
     if config.vocab_size < data.tokenizer.get_vocab_size():
         raise ConfigError(
             f"model.vocab_size is {config.vocab_size}, the tokenizer has "
