@@ -205,7 +205,7 @@ class Engine:
                 self._finish(sequence, "abort")
                 self._send(sequence, [])
         self.refuse(request, reason)
-        self._finished += 1
+        self._close(request)
         return True
 
     def refuse(self, request: Request, reason: str | None) -> None:
@@ -342,6 +342,7 @@ class Engine:
 
     def _close(self, request: Request) -> None:
         self.requests.pop(request.request_id, None)
+        request.on_delta = None  # its listener refers to it: no cycle outlives the request
         self._finished += 1
 
     def output(self, request: Request) -> RequestOutput:
