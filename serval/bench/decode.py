@@ -51,7 +51,9 @@ def collect(setup: Setup) -> list[Case]:
                 if wanted:
                     setup.note(", ".join(wanted.values()))
                     chosen = {kind: compared[kind] for kind in wanted}
-                    outcomes = _measure(setup, bench, chosen, batch, context, rounds)
+                    # Engines that do not fit into memory together are loaded anew in each round.
+                    turns = min(rounds, 3) if batch * context > 20_000 else rounds
+                    outcomes = _measure(setup, bench, chosen, batch, context, turns)
                     cases += _cases(setup, bench, wanted, chosen, outcomes, batch, context)
     return cases
 
