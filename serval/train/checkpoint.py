@@ -151,7 +151,8 @@ def load_checkpoint(saved: Saved, tensors: dict[str, Tensor], world: World | Non
             f"{saved.path} lacks '{missing[0]}' ({len(missing)} missing in all); it was written by "
             "another model or optimizer: use its own recipe, or another 'output'"
         )
-    if extra := sorted(names - tensors.keys()):
+    # a GPU's generator has no counterpart on a machine without one
+    if extra := sorted(name for name in names - tensors.keys() if not name.startswith("rng.")):
         raise CheckpointError(
             f"{saved.path} has '{extra[0]}' ({len(extra)} left over), unknown to this model or "
             "optimizer: use the recipe it was written with, or another 'output'"
@@ -217,7 +218,8 @@ def rng_values() -> dict[str, Any]:
 
 def restore_rng(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Put back what `rng_tensors` and `rng_values` returned."""
-    torch.set_rng_state(tensors["cpu"])
+    if "cpu" in tensors:
+        torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
     version, numbers, gauss = values["python"]

@@ -264,7 +264,11 @@ class Trainer:
         self.optimizer.forget_state(
             {name.removeprefix("optimizer.") for name in names if name.startswith("optimizer.")}
         )
-        tensors = self._tensors()
+        tensors = {
+            name: tensor
+            for name, tensor in self._tensors().items()
+            if name in names or not name.startswith("rng.")
+        }
         with torch.no_grad():
             checkpoint.load_checkpoint(saved, tensors, self.world)
         rng = {k.removeprefix("rng."): t for k, t in tensors.items() if k.startswith("rng.")}

@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from serval.errors import MissingExtraError
+from serval.errors import MissingExtraError, ServalError
 from serval.optim import MixedOptimizer
 
 Metrics = dict[str, float]
@@ -75,8 +75,14 @@ class JsonLog(Callback):
 
     def _write(self, values: dict[str, Any]) -> None:
         short = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(short) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(short) + "\n")
+        except OSError as error:
+            raise ServalError(
+                f"cannot write {self.path}: {error.strerror}; make room, then run the same command "
+                "to resume from the last checkpoint"
+            ) from error
 
 
 class TensorBoard(Callback):

@@ -209,6 +209,26 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
+def test_a_log_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(ServalError, match=r"cannot write .*log\.jsonl"):
+        JsonLog(tmp_path / "log.jsonl").on_validation_end(1, torch.nn.Identity(), {"x": 1.0})
+
+
+def test_a_checkpoint_moves_between_machines_with_and_without_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {"cpu": torch.get_rng_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}
+    monkeypatch.setattr(checkpoint, "rng_tensors", lambda: states)
+    toy_trainer(tmp_path, steps=2).fit()
+    monkeypatch.undo()
+    trainer = toy_trainer(tmp_path, steps=3)
+    trainer.fit()
+    assert trainer.step == 3
+    monkeypatch.setattr(checkpoint, "rng_tensors", lambda: states)
+    assert toy_trainer(tmp_path, steps=4).resume()
+
+
 def test_another_recipe_is_refused_naming_the_key(tmp_path: Path) -> None:
     toy_trainer(tmp_path, steps=2, fingerprint={"optimizer": {"lr": 0.1}}).fit()
     with pytest.raises(ConfigError, match=r"optimizer\.lr = 0\.1, the recipe now says 0\.2"):
