@@ -70,7 +70,7 @@ class CompressedTensors:
             wanted = _strings(group.get("targets"), f"{where}.targets")
             for target in found:
                 if _chosen(target, wanted, ignore):
-                    if target.kind in ("router", "latent"):
+                    if target.kind == "router":
                         raise ConfigError(
                             f"config.json: quantization_config quantises {target.name!r}, which "
                             "Serval computes in float; list it under 'ignore' and store it in float"

@@ -27,6 +27,7 @@ from torch import nn
 from serval.compress.compressor import CompressionReport, Progress
 from serval.compress.export import int8_group, quantization_config
 from serval.compress.int8_modules import (
+    DequantizedLinear,
     Int8Embedding,
     Int8Experts,
     Int8Linear,
@@ -111,4 +112,5 @@ _MODULES: dict[str, Any] = {
     "head": Int8Linear,
     "embedding": Int8Embedding,
     "experts": Int8Experts,
+    "latent": DequantizedLinear,
 }

@@ -128,6 +128,37 @@ class Int8Linear(_Packed):
             self.bias = nn.Parameter(bias, requires_grad=False)
 
 
+class DequantizedLinear(nn.Linear):
+    """An int8 matrix whose float form others read (MLA's kv_b_proj in checkpoints made elsewhere):
+    stored as int8, expanded once when loaded."""
+
+    scale: Tensor
+    scale_dtype = torch.float32
+
+    @classmethod
+    def like(cls, linear: nn.Module) -> DequantizedLinear:
+        assert isinstance(linear, nn.Linear)
+        has_bias = linear.bias is not None
+        made = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
+        made.register_buffer("scale", torch.empty(linear.out_features, 1, device="meta"))
+        return made.requires_grad_(False)
+
+    def checkpoint_spec(self) -> Spec:
+        return Int8Linear.like(self).checkpoint_spec()
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        codes = (self.weight / self.scale).round().to(torch.int8)  # exact: weight = codes * scale
+        tensors = {"weight": codes, "weight_scale": self.scale}
+        return tensors if self.bias is None else {**tensors, "bias": self.bias.detach()}
+
+    def load_checkpoint_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        self.scale = tensors["weight_scale"].to(device, torch.float32)
+        weight = tensors["weight"].to(device).float() * self.scale
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            self.bias = nn.Parameter(tensors["bias"].to(device).float(), requires_grad=False)
+
+
 class Int8Embedding(Int8Linear):
     """token ids [...] -> rows [..., D] in float32; `as_head` multiplies by the same table."""
 

@@ -72,9 +72,7 @@ def run(options: CompressOptions, progress: Progress | None = None) -> CompressR
     report = compressor.compress(decoder, progress)
     has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
     checkpoint.save(decoder, out, tokenizer_dir=source if has_tokenizer else None)
-    for name in _ALSO_COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    _copy_beside(source, out)
     return CompressResult(
         directory=out,
         weights=options.weights,
@@ -105,6 +103,18 @@ def _check_output(source: Path, out: Path, force: bool) -> None:
         raise ConfigError(f"--out {out} is a file; give a directory")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise ConfigError(f"--out {out} is not empty; choose another directory, or pass --force")
+
+
+def _copy_beside(source: Path, out: Path) -> None:
+    for name in _ALSO_COPIED:
+        if (source / name).is_file():
+            try:
+                shutil.copyfile(source / name, out / name)
+            except OSError as error:
+                (out / name).unlink(missing_ok=True)
+                raise CheckpointError(
+                    f"{out} is complete, but {name} could not be copied to it: {error.strerror}"
+                ) from error
 
 
 def _stored_bytes(stored: dict[str, StoredTensor]) -> int:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serval.compress import CompressOptions, run
+from serval.compress.int8_modules import quantize_channels
 from serval.errors import CheckpointError, ConfigError
 from serval.models import checkpoint
 from serval.models.batch import PackedBatch
@@ -85,6 +86,49 @@ def test_transformers_loads_the_same_weights(tmp_path, source):
         tensors = ours.get_submodule(path).checkpoint_tensors()
         weight = theirs.model.get_submodule(path).weight
         torch.testing.assert_close(weight, tensors["weight"] * tensors["weight_scale"])
+
+
+def test_latent_projection_quantised_elsewhere_is_expanded_at_load(tmp_path):
+    checkpoint.save(mla_decoder(), tmp_path / "source")
+    run(CompressOptions(tmp_path / "source", tmp_path / "out"))
+    exact = logits(checkpoint.load(tmp_path / "out"), torch.arange(20))
+    path = tmp_path / "out/model.safetensors"
+    stored = load_file(path)
+    names = [name for name in stored if name.endswith("kv_b_proj.weight")]
+    for name in names:
+        stored[name], stored[f"{name}_scale"] = quantize_channels(stored[name])
+    save_file(stored, path)
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    ignored = values["quantization_config"]["ignore"]
+    ignored[:] = [name for name in ignored if not name.endswith("kv_b_proj")]
+    (tmp_path / "out/config.json").write_text(json.dumps(values))
+    model = checkpoint.load(tmp_path / "out")
+    got = logits(model, torch.arange(20))
+    assert 0 < (got - exact).norm() < 0.05 * exact.norm()
+    checkpoint.save(model, tmp_path / "again")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert all(torch.equal(again[name], stored[name]) for name in names)
+
+
+def test_quantised_router_is_refused(tmp_path):
+    checkpoint.save(moe_decoder(), tmp_path / "source")
+    run(CompressOptions(tmp_path / "source", tmp_path / "out"))
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    values["quantization_config"]["config_groups"]["group_0"]["targets"] = ["re:.*mlp.gate$"]
+    values["quantization_config"]["ignore"] = []
+    (tmp_path / "out/config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.gate'"):
+        checkpoint.load(tmp_path / "out")
+
+
+def test_experts_must_be_treated_alike(tmp_path):
+    checkpoint.save(moe_decoder(), tmp_path / "source")
+    run(CompressOptions(tmp_path / "source", tmp_path / "out"))
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    values["quantization_config"]["ignore"].append("re:.*experts.2.up_proj")
+    (tmp_path / "out/config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"experts\.2\.up_proj.*all or none"):
+        checkpoint.load(tmp_path / "out")
 
 
 def test_nan_weight_is_named_and_nothing_is_written(tmp_path, source):
