@@ -23,7 +23,12 @@ def evaluation_texts(text: str | None, model_dir: Path) -> list[str]:
     """
     if text is None or text == "stdlib":
         options = _recipe_data(model_dir) or DataOptions.model_validate({})
-        texts = held_out_texts(options)
+        try:
+            texts = held_out_texts(options)
+        except DataError as error:
+            raise DataError(
+                f"{error} (the text held out by {model_dir / RECIPE}; choose another with --text)"
+            ) from error
     else:
         path = Path(text).expanduser()
         if not path.exists():

@@ -75,6 +75,9 @@ def test_held_out_text_follows_the_models_recipe(model, tmp_path, texts):
     documents = evaluation_texts(None, tmp_path)
     assert 0 < len(documents) <= 6
     assert documents[0] in {path.read_text() for path in texts.iterdir()}
+    recipe.write_text("data: {source: folder, path: /nowhere}\n")
+    with pytest.raises(DataError, match=r"nowhere.*recipe\.yaml; choose another with --text"):
+        evaluation_texts(None, tmp_path)
     recipe.write_text("data: {sauce: folder}\n")
     with pytest.raises(ConfigError, match=r"recipe\.yaml"):
         evaluation_texts(None, tmp_path)
