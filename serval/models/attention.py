@@ -14,7 +14,7 @@ from torch import empty as torch_empty
 from serval import kernels
 from serval.models.batch import PackedBatch
 from serval.models.config import MLAConfig, ModelConfig
-from serval.models.layers import RMSNorm, yarn_mscale
+from serval.models.layers import Linear, RMSNorm, yarn_mscale
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -51,10 +51,10 @@ class GroupedQueryAttention(nn.Module):
         self.scale = self.head_dim**-0.5
         hidden, bias = config.hidden_size, config.qkv_bias
         kv_width = self.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_width, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_width, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=config.output_bias)
+        self.q_proj = Linear(hidden, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(hidden, kv_width, bias=bias)
+        self.v_proj = Linear(hidden, kv_width, bias=bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, hidden, bias=config.output_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch_empty(self.num_heads)) if config.attention_sinks else None
@@ -101,19 +101,17 @@ class LatentAttention(nn.Module):
         self.q_width = mla.qk_nope_head_dim + mla.qk_rope_head_dim
         hidden, bias, heads = config.hidden_size, config.qkv_bias, self.num_heads
         if mla.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * self.q_width, bias=False)
+            self.q_proj = Linear(hidden, heads * self.q_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, mla.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden, mla.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(mla.q_lora_rank, mla.norm_eps)
-            self.q_b_proj = nn.Linear(mla.q_lora_rank, heads * self.q_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=bias
-        )
+            self.q_b_proj = Linear(mla.q_lora_rank, heads * self.q_width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(mla.kv_lora_rank, mla.norm_eps)
-        self.kv_b_proj = nn.Linear(
+        self.kv_b_proj = Linear(
             mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False
         )
-        self.o_proj = nn.Linear(heads * mla.v_head_dim, hidden, bias=config.output_bias)
+        self.o_proj = Linear(heads * mla.v_head_dim, hidden, bias=config.output_bias)
         self.scale = self.q_width**-0.5
         if config.rope.kind == "yarn" and config.rope.mscale_all_dim:
             self.scale *= yarn_mscale(config.rope.factor, config.rope.mscale_all_dim) ** 2

@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from serval import kernels
 from serval.errors import ConfigError
 from serval.models.attention import AttentionSpec, GroupedQueryAttention, LatentAttention, Rotary
 from serval.models.batch import PackedBatch
 from serval.models.config import ModelConfig
 from serval.models.feedforward import GatedMLP
-from serval.models.layers import RMSNorm, RotaryTable
+from serval.models.layers import Linear, RMSNorm, RotaryTable
 from serval.models.moe import MixtureOfExperts, Router
 from serval.models.mtp import MultiTokenPrediction
 
@@ -110,7 +111,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(hidden, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else Linear(hidden, config.vocab_size, bias=False)
         )
         rotary_width = config.head_dim if config.mla is None else config.mla.qk_rope_head_dim
         assert rotary_width is not None
@@ -186,7 +187,7 @@ class Decoder(nn.Module):
         """Vocabulary logits of final-normed hidden states: [R, D] -> [R, vocab_size]."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return nn.functional.linear(hidden, self.embed_tokens.weight)
+        return kernels.linear(hidden, self.embed_tokens.weight)
 
     def predict_ahead(
         self, depth: int, hidden: Tensor, next_tokens: Tensor, batch: PackedBatch

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from serval import kernels
 from serval.models.config import ModelConfig
+from serval.models.layers import Linear
 
 CLAMPED_SWIGLU_ALPHA = 1.702
 CLAMPED_SWIGLU_LIMIT = 7.0
@@ -29,9 +30,9 @@ class GatedMLP(nn.Module):
         super().__init__()
         hidden, bias = config.hidden_size, config.mlp_bias
         self.activation = config.activation
-        self.gate_proj = nn.Linear(hidden, intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(hidden, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden, bias=bias)
+        self.gate_proj = Linear(hidden, intermediate_size, bias=bias)
+        self.up_proj = Linear(hidden, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(gated_activation(self.activation, self.gate_proj(x), self.up_proj(x)))

@@ -11,6 +11,13 @@ from serval import kernels
 from serval.models.config import RopeConfig
 
 
+class Linear(nn.Linear):
+    """nn.Linear whose few rows, as in decoding, run in a kernel that reads the weight in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from serval.models.batch import PackedBatch
 from serval.models.config import ModelConfig
-from serval.models.layers import RMSNorm
+from serval.models.layers import Linear, RMSNorm
 
 
 class MultiTokenPrediction(nn.Module):
@@ -23,7 +23,7 @@ class MultiTokenPrediction(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden, eps)
         self.hnorm = RMSNorm(hidden, eps)
-        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.eh_proj = Linear(2 * hidden, hidden, bias=False)
         self.block = block
         self.norm = RMSNorm(hidden, eps)
 
