@@ -103,10 +103,9 @@ def best_seconds(work: Callable[[], object], seconds: float) -> float:
 @functools.cache
 def read_bandwidth() -> float:
     """Bytes per second of reading memory out of cache, all threads."""
-    import torch
+    from serval.kernels import bandwidth
 
-    data = torch.ones(128 * 2**20)  # 512 MiB
-    return data.numel() * 4 / best_seconds(data.sum, 1.5)
+    return bandwidth.read_bandwidth() * 1e9
 
 
 @functools.cache
