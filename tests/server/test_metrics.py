@@ -38,7 +38,8 @@ def test_counters_follow_requests(server: LiveServer) -> None:
     assert gained("serval_http_requests_total{route=/v1/completions,status=400}") == 1
     assert gained("serval_http_requests_total{route=unmatched,status=404}") == 1
     assert gained("serval_time_to_first_token_seconds_count") == 4
-    assert gained("serval_inter_token_latency_seconds_count") == 24
+    # Tokens that piled up while the loop was busy arrive as one event, with one latency.
+    assert 4 <= gained("serval_inter_token_latency_seconds_count") <= 24
     assert gained("serval_request_duration_seconds_count") == 2
     assert gained("serval_prefix_cache_hit_tokens_total") >= 32
     assert after["serval_requests_running"] == after["serval_requests_waiting"] == 0
