@@ -3,6 +3,7 @@
 A run's directory holds::
 
     recipe.yaml     the recipe as checked     log.jsonl      one line per step and validation
+    loss.png        the loss curve
     tokenizer/      trained or copied         tensorboard/   when asked for
     checkpoints/    newest few, resumable     model/         the result, loads in transformers
 """
@@ -32,6 +33,7 @@ from serval.optim import SCHEDULES, build
 from serval.optim.schedules import Schedule
 from serval.registry import resolve
 from serval.train import checkpoint
+from serval.train.curve import draw_curve
 from serval.train.distributed import World, whole
 from serval.train.loop import Settings, Trainer, best_dtype
 from serval.train.recipe import Recipe, check_model, load_recipe
@@ -100,6 +102,8 @@ def _run(
         f"output {directory}"
     )
     trainer.fit()
+    if world.is_main:
+        draw_curve(directory / "log.jsonl", directory / "loss.png")
     if trainer.interrupted and trainer.step < recipe.train.steps:
         note(f"stopped at step {trainer.step}; resume with: serval train {recipe_path}")
         return Result(trainer.step, True, None)
