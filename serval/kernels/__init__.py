@@ -1,4 +1,5 @@
-"""Fast operations, each with a plain PyTorch reference that is its specification and its fallback."""
+"""Fast operations, each with a plain PyTorch reference that is its specification and its
+fallback."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What this machine can do: the roofs against which benchmarks state a fraction.
 
-Each function measures for a fraction of a second and returns the best of several repeats, because other work on the
-machine can only make a repeat slower. Results are cached per number of threads.
+Each function measures for a fraction of a second and returns the best of several repeats, because
+other work on the machine can only make a repeat slower. Results are cached per number of threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _INT8 = jit.Kernel("probe", "probe_int8", "lpi")
 
 @dataclass(frozen=True)
 class Roofs:
-    """Measured limits; units in the names. A zero means that it could not be measured without a compiler."""
+    """Measured limits; units in the names. A zero means that it could not be measured without a
+    compiler."""
 
     threads: int
     read_gb_per_s: float

@@ -1,15 +1,15 @@
 """Build a kernel folder's `cpu.cpp` on first use and load it through ctypes.
 
-The library's file name is a hash of the source and the headers, the compiler and its version, the flags and the CPU, so
-a cache directory may be shared between machines and versions. Environment:
+The library's file name is a hash of the source and the headers, the compiler and its version, the
+flags and the CPU, so a cache directory may be shared between machines and versions. Environment:
 
 - `SERVAL_CACHE_DIR`: where built kernels are kept (default `~/.cache/serval/kernels`).
 - `SERVAL_CPU_ARCH`: value of `-march` instead of `native`, for example `haswell` or `x86-64`.
 - `SERVAL_KERNELS=reference`: build nothing, use the PyTorch references.
 - `CXX`: the compiler (default `g++`, then `clang++`, then `c++`).
 
-Libraries link against `libgomp.so.1` by name: PyTorch has loaded its own copy under that name by then, so both share
-one OpenMP runtime and one pool of threads.
+Libraries link against `libgomp.so.1` by name: PyTorch has loaded its own copy under that name by
+then, so both share one OpenMP runtime and one pool of threads.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,12 @@ FLAGS = (
     "-fno-math-errno",
     "-fvisibility=hidden",
 )
-CTYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float}
+CTYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int32,
+    "f": ctypes.c_float,
+}
 
 Function = Callable[..., int]
 
@@ -70,7 +76,8 @@ def cpu_identity() -> str:
 
 @functools.cache
 def _compiler(requested: str | None, search: str | None) -> tuple[str, str]:
-    """Path and version line of the compiler on `search` (PATH); raises BuildError when there is none."""
+    """Path and version line of the compiler on `search` (PATH); raises BuildError when there is
+    none."""
     names = [requested] if requested else ["g++", "clang++", "c++"]
     for name in names:
         path = shutil.which(name, path=search)
@@ -149,7 +156,8 @@ def arch() -> str:
 
 
 def load(folder: str) -> ctypes.CDLL | None:
-    """The library of `folder`, or None when the references have to serve (said once, as a warning)."""
+    """The library of `folder`, or None when the references have to serve (said once, as a
+    warning)."""
     global _warned
     key = (folder, arch())
     with _lock:
@@ -173,7 +181,8 @@ def load(folder: str) -> ctypes.CDLL | None:
 class Kernel:
     """One C function of a folder's library, resolved on first use.
 
-    `signature` has a letter per argument: p pointer, l int64, i int32, f float. Functions return an int32 status.
+    `signature` has a letter per argument: p pointer, l int64, i int32, f float. Functions return an
+    int32 status.
     """
 
     def __init__(self, folder: str, name: str, signature: str) -> None:
@@ -212,7 +221,7 @@ def build_all() -> list[Path]:
         return list(pool.map(lambda folder: build(folder, arch()), folders))
 
 
-# -- custom ops ---------------------------------------------------------------------------------------------------
+# -- custom ops ------------------------------------------------------------------------------------
 
 _library = torch.library.Library("serval", "DEF")
 
@@ -226,7 +235,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether an op may skip PyTorch's dispatcher (about 10 us): ordinary tensors, nobody tracing or watching."""
+    """Whether an op may skip PyTorch's dispatcher (about 10 us): ordinary tensors, nobody tracing
+    or watching."""
     for tensor in tensors:
         kind = type(tensor)
         if kind is not Tensor and kind is not torch.nn.Parameter:

@@ -21,7 +21,8 @@ EXAMPLES = settings(max_examples=15, deadline=None)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    """Equal to rounding: float32 sums differ by their order, bfloat16 by one unit in the last place."""
+    """Equal to rounding: float32 sums differ by their order, bfloat16 by one unit in the last
+    place."""
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
     tolerance = 2e-2 if ours.dtype == torch.bfloat16 else 3e-5

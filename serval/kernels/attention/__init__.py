@@ -1,8 +1,9 @@
 """Grouped-query attention over a paged key-value cache, for prefill and decode, float32 and int8.
 
-Floor of a decode step: every visible key and value is read once, `4 (D + Dv)` bytes per token and key-value head in
-float32, `D + Dv + 8` in int8, whatever the number of query heads. Floor of prefill: `2 (D + Dv)` operations per visible
-(query head, key) pair. CPU: C++ for float32 and int8 caches; GPU: Triton; the reference serves everything else.
+Floor of a decode step: every visible key and value is read once, `4 (D + Dv)` bytes per token and
+key-value head in float32, `D + Dv + 8` in int8, whatever the number of query heads. Floor of
+prefill: `2 (D + Dv)` operations per visible (query head, key) pair. CPU: C++ for float32 and int8
+caches; GPU: Triton; the reference serves everything else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _INT8 = jit.Kernel("attention", "paged_attention_int8", _SIGNATURE)
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """The Triton implementations, or None without Triton; imported late, as Triton is slow to load."""
+    """The Triton implementations, or None without Triton; imported late, as Triton is slow to
+    load."""
     try:
         from serval.kernels.attention import gpu
     except ImportError:
@@ -36,13 +38,13 @@ def check_status(status: int, block_tables: Tensor, context_lens: Tensor, blocks
     """Turn a kernel's status into an error that says what was inconsistent."""
     if status == 1:
         raise CacheError(
-            f"context_lens {context_lens.tolist()} do not fit query_starts or the block table of width "
-            f"{block_tables.shape[1]}; each length must cover its queries and its table"
+            f"context_lens {context_lens.tolist()} do not fit query_starts or the block table of "
+            f"width {block_tables.shape[1]}; each length must cover its queries and its table"
         )
     if status == 2:
         raise CacheError(
-            f"block_tables name blocks from {int(block_tables.min())} to {int(block_tables.max())}; "
-            f"the cache has blocks 0 to {blocks - 1}"
+            f"block_tables name blocks from {int(block_tables.min())} to "
+            f"{int(block_tables.max())}; the cache has blocks 0 to {blocks - 1}"
         )
 
 
@@ -85,8 +87,9 @@ def _run(
         kv_heads, page, blocks,
         None if key_scales is None else key_scales.data_ptr(),
         None if value_scales is None else value_scales.data_ptr(),
-        block_tables.data_ptr(), block_tables.shape[1], context_lens.data_ptr(), query_starts.data_ptr(),
-        context_lens.shape[0], rows, scale, window or 0, None if sinks is None else sinks.data_ptr(),
+        block_tables.data_ptr(), block_tables.shape[1],
+        context_lens.data_ptr(), query_starts.data_ptr(), context_lens.shape[0],
+        rows, scale, window or 0, None if sinks is None else sinks.data_ptr(),
         result.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if status:
@@ -137,8 +140,8 @@ jit.define(
 )
 jit.define(
     "paged_attention_int8(Tensor q, Tensor key_cache, Tensor value_cache, Tensor key_scales,"
-    " Tensor value_scales, Tensor block_tables, Tensor context_lens, Tensor query_starts, float scale,"
-    " int? window, Tensor? sinks) -> Tensor",
+    " Tensor value_scales, Tensor block_tables, Tensor context_lens, Tensor query_starts,"
+    " float scale, int? window, Tensor? sinks) -> Tensor",
     _paged_attention_int8,
     lambda q, key_cache, value_cache, *rest: q.new_empty(*q.shape[:2], value_cache.shape[3]),
 )
@@ -148,12 +151,13 @@ _op = torch.ops.serval
 def _check(q: Tensor, key_cache: Tensor, value_cache: Tensor, window: int | None) -> None:
     if q.shape[2] != key_cache.shape[3] or q.shape[1] % key_cache.shape[1]:
         raise ValueError(
-            f"paged attention got q {tuple(q.shape)} and keys {tuple(key_cache.shape)}; it expects equal head "
-            "dims and a number of query heads divisible by the number of key-value heads"
+            f"paged attention got q {tuple(q.shape)} and keys {tuple(key_cache.shape)}; it expects "
+            "equal head dims and a number of query heads divisible by the number of key-value heads"
         )
     if key_cache.shape[:3] != value_cache.shape[:3]:
         raise ValueError(
-            f"paged attention got keys {tuple(key_cache.shape)} and values {tuple(value_cache.shape)}"
+            f"paged attention got keys {tuple(key_cache.shape)} and values "
+            f"{tuple(value_cache.shape)}; it expects equal blocks, heads and tokens"
         )
     if window is not None and window < 1:
         raise ValueError(f"paged attention got window {window}; it expects None or at least 1")
@@ -175,8 +179,10 @@ def paged_attention(
     Args:
         q: [T, H, D]; sequence n owns rows query_starts[n]:query_starts[n+1].
         key_cache, value_cache: [B, Hkv, S, D] and [B, Hkv, S, Dv], blocks of S tokens.
-        block_tables: int32 [N, M], blocks of each sequence in order; entries that no query sees are not read.
-        context_lens: int32 [N], tokens stored, this step's included; query i sits at `len - count + i`.
+        block_tables: int32 [N, M], blocks of each sequence in order; entries that no query sees
+            are not read.
+        context_lens: int32 [N], tokens stored, this step's included; query i sits at
+            `len - count + i`.
         query_starts: int32 [N + 1], from 0.
         scale: factor on the scores.
         window: a query at position p sees keys from `p - window + 1`; None for all.
@@ -206,11 +212,12 @@ def paged_attention_int8(
 ) -> Tensor:
     """As `paged_attention` over int8 caches; key_scales, value_scales: float32 [B, Hkv, S].
 
-    Codes are read as stored; a key's scale multiplies its score, a value's scale its softmax weight.
+    Codes are read as stored; a key's scale multiplies its score, a value's scale its softmax
+    weight.
     """
     _check(q, key_cache, value_cache, window)
     call = _paged_attention_int8 if jit.plain(q, key_cache) else _op.paged_attention_int8
     return call(
-        q, key_cache, value_cache, key_scales, value_scales, block_tables, context_lens, query_starts,
-        scale, window, sinks,
+        q, key_cache, value_cache, key_scales, value_scales,
+        block_tables, context_lens, query_starts, scale, window, sinks,
     )  # fmt: skip

@@ -108,7 +108,8 @@ def _power(n: int) -> int:
 
 
 def _launch(
-    q: Tensor, q2: Tensor | None, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None,
+    q: Tensor, q2: Tensor | None, keys: Tensor, values: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
     block_tables: Tensor, context_lens: Tensor, query_starts: Tensor, scale: float,
     window: int | None, sinks: Tensor | None, shared: bool,
 ) -> Tensor:  # fmt: skip

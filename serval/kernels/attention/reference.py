@@ -1,7 +1,8 @@
 """Attention over a paged key-value cache in plain PyTorch: the specification of the fast kernels.
 
-Softmax over the visible keys, with an optional sink: a learned logit per head that only enlarges the
-denominator (gpt-oss; StreamingLLM's "softmax off by one", arXiv:2309.17453, is the case sink = 0).
+Softmax over the visible keys, with an optional sink: a learned logit per head that only enlarges
+the denominator (gpt-oss; StreamingLLM's "softmax off by one", arXiv:2309.17453, is the case sink =
+0).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ def attend(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of one sequence: q [n, H, D] at positions first..first+n-1, k [L, Hkv, D], v [L, Hkv, Dv].
+    """Attention of one sequence: q [n, H, D] at positions first..first+n-1, k [L, Hkv, D], v [L,
+    Hkv, Dv].
 
-    A query at position p sees keys max(0, p - window + 1)..p. Computed in float32; returns [n, H, Dv].
+    A query at position p sees keys max(0, p - window + 1)..p. Computed in float32; returns [n, H,
+    Dv].
     """
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("qhd,khd->hqk", q.float(), k.float().repeat_interleave(group, 1)) * scale
@@ -56,10 +59,11 @@ def paged_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of packed queries q [T, H, D] over caches [B, Hkv, S, D] and [B, Hkv, S, Dv].
+    """Causal attention of packed queries q [T, H, D] over caches [B, Hkv, S, D] and [B, Hkv, S,
+    Dv].
 
-    `block_tables` int32 [N, M], `context_lens` int32 [N], `query_starts` int32 [N+1]; query i of sequence n sits at
-    position `context_lens[n] - count(n) + i`. Returns [T, H, Dv].
+    `block_tables` int32 [N, M], `context_lens` int32 [N], `query_starts` int32 [N+1]; query i of
+    sequence n sits at position `context_lens[n] - count(n) + i`. Returns [T, H, Dv].
     """
     out = q.new_zeros(q.shape[0], q.shape[1], value_cache.shape[3])
     starts, lengths = query_starts.tolist(), context_lens.tolist()
@@ -89,7 +93,8 @@ def paged_attention_int8(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `paged_attention` with int8 caches; `key_scales`, `value_scales` float32 [B, Hkv, S], one per token and head."""
+    """As `paged_attention` with int8 caches; `key_scales`, `value_scales` float32 [B, Hkv, S], one
+    per token and head."""
     out = q.new_zeros(q.shape[0], q.shape[1], value_cache.shape[3])
     starts, lengths = query_starts.tolist(), context_lens.tolist()
     for n, length in enumerate(lengths):

@@ -1,6 +1,8 @@
-"""Store new keys and values in a paged cache, float32 or int8 (quantised per token and head), in one call.
+"""Store new keys and values in a paged cache, float32 or int8 (quantised per token and head), in
+one call.
 
-Floor: each new element is read and written once. Both ops write into their cache arguments and return nothing.
+Floor: each new element is read and written once. Both ops write into their cache arguments and
+return nothing.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def _run(
     )  # fmt: skip
     if status:
         raise CacheError(
-            f"write_cache got slot {int(slots.max())}; a cache of {blocks} blocks of {page} tokens has slots 0 to "
-            f"{blocks * page - 1}"
+            f"write_cache got slot {int(slots.max())}; a cache of {blocks} blocks of {page} "
+            f"tokens has slots 0 to {blocks * page - 1}"
         )
 
 
@@ -82,13 +84,14 @@ def _write_cache_int8(
 
 
 jit.define(
-    "write_cache(Tensor k, Tensor v, Tensor slots, Tensor(a!) key_cache, Tensor(b!) value_cache) -> ()",
+    "write_cache(Tensor k, Tensor v, Tensor slots, Tensor(a!) key_cache, Tensor(b!) value_cache)"
+    " -> ()",
     _write_cache,
     lambda *tensors: None,
 )
 jit.define(
-    "write_cache_int8(Tensor k, Tensor v, Tensor slots, Tensor(a!) key_cache, Tensor(b!) value_cache,"
-    " Tensor(c!) key_scales, Tensor(d!) value_scales) -> ()",
+    "write_cache_int8(Tensor k, Tensor v, Tensor slots, Tensor(a!) key_cache,"
+    " Tensor(b!) value_cache, Tensor(c!) key_scales, Tensor(d!) value_scales) -> ()",
     _write_cache_int8,
     lambda *tensors: None,
 )
@@ -98,8 +101,9 @@ def _check(k: Tensor, v: Tensor, slots: Tensor, key_cache: Tensor, value_cache: 
     for name, rows, cache in (("keys", k, key_cache), ("values", v, value_cache)):
         if rows.shape[0] != slots.shape[0] or rows.shape[1:] != cache.shape[1::2]:
             raise ValueError(
-                f"write_cache got {name} {tuple(rows.shape)} for {slots.shape[0]} slots and a cache "
-                f"{tuple(cache.shape)}; it expects rows [T, Hkv, D] for a cache [B, Hkv, S, D]"
+                f"write_cache got {name} {tuple(rows.shape)} for {slots.shape[0]} slots and a "
+                f"cache {tuple(cache.shape)}; it expects rows [T, Hkv, D] for a cache "
+                "[B, Hkv, S, D]"
             )
 
 
@@ -108,8 +112,8 @@ def write_cache(
 ) -> None:
     """Store k [T, Hkv, D] and v [T, Hkv, Dv] in caches [B, Hkv, S, D] and [B, Hkv, S, Dv].
 
-    `slots` int64 [T] is block * S + offset; a negative slot skips its token. Raises CacheError for a slot that does
-    not exist, before anything is written.
+    `slots` int64 [T] is block * S + offset; a negative slot skips its token. Raises CacheError for
+    a slot that does not exist, before anything is written.
     """
     _check(k, v, slots, key_cache, value_cache)
     call = _write_cache if jit.plain(k, key_cache) else torch.ops.serval.write_cache
@@ -125,7 +129,8 @@ def write_cache_int8(
     key_scales: Tensor,
     value_scales: Tensor,
 ) -> None:
-    """As `write_cache` into int8 caches: scale = max|x| / 127 per token and head, into float32 [B, Hkv, S]."""
+    """As `write_cache` into int8 caches: scale = max|x| / 127 per token and head, into float32 [B,
+    Hkv, S]."""
     _check(k, v, slots, key_cache, value_cache)
     call = _write_cache_int8 if jit.plain(k, key_cache) else torch.ops.serval.write_cache_int8
     call(k, v, slots, key_cache, value_cache, key_scales, value_scales)

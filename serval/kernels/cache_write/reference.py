@@ -7,14 +7,16 @@ from torch import Tensor
 
 
 def _scatter(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
-    """Write rows [T, Hkv, ...] to `cache` [B, Hkv, S, ...] at slots block * S + offset; negative slots are skipped."""
+    """Write rows [T, Hkv, ...] to `cache` [B, Hkv, S, ...] at slots block * S + offset; negative
+    slots are skipped."""
     kept = slots >= 0
     block, offset = slots[kept] // cache.shape[2], slots[kept] % cache.shape[2]
     cache[block, :, offset] = rows[kept].to(cache.dtype)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 per row: x [..., D] -> (int8 [..., D], float32 scale [...]), scale = max|x| / 127."""
+    """Symmetric int8 per row: x [..., D] -> (int8 [..., D], float32 scale [...]), scale = max|x| /
+    127."""
     wide = x.float()
     scale = wide.abs().amax(-1) * (1.0 / 127.0)
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
@@ -24,7 +26,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def write_cache(
     k: Tensor, v: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> None:
-    """Store k [T, Hkv, D], v [T, Hkv, Dv] in caches [B, Hkv, S, D|Dv] at `slots` int64 [T] (block * S + offset)."""
+    """Store k [T, Hkv, D], v [T, Hkv, Dv] in caches [B, Hkv, S, D|Dv] at `slots` int64 [T] (block *
+    S + offset)."""
     _scatter(k, slots, key_cache)
     _scatter(v, slots, value_cache)
 

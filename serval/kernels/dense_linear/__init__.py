@@ -1,7 +1,8 @@
 """A linear layer for inference with few rows (decode), float32 or bfloat16 weights.
 
-Floor: the weight is read once, `4 N K` bytes in float32. A general matrix product packs its operands first, which for 2 to
-32 rows costs more than the product itself; this kernel reads the weight in place.
+Floor: the weight is read once, `4 N K` bytes in float32. A general matrix product packs its
+operands first, which for 2 to 32 rows costs more than the product itself; this kernel reads the
+weight in place.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _KERNELS = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + bias`: x [..., K], weight [N, K], bias [N] -> [..., N].
 
-    Exactly `torch.nn.functional.linear`, gradients and autocast included, except that up to 32 rows without gradients
-    on the CPU run in a kernel that is bound by memory only.
+    Exactly `torch.nn.functional.linear`, gradients and autocast included, except that up to 32 rows
+    without gradients on the CPU run in a kernel that is bound by memory only.
     """
     columns = weight.shape[1]
     if (
@@ -48,7 +49,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 bias = bias.float().contiguous()
             function(
                 rows.data_ptr(), rows.stride(0), rows.shape[0], columns, weight.data_ptr(),
-                None if bias is None else bias.data_ptr(), out.data_ptr(), n, torch.get_num_threads(),
+                None if bias is None else bias.data_ptr(), out.data_ptr(), n,
+                torch.get_num_threads(),
             )  # fmt: skip
             return out if x.dtype == torch.float32 else out.to(x.dtype)
     return reference.linear(x, weight, bias)

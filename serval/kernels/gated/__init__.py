@@ -1,7 +1,7 @@
 """SwiGLU, `silu(gate) * up`, with gradients.
 
-Floor: forward reads two elements and writes one (12 bytes per float32 element), backward reads three and writes two.
-float32 and bfloat16 on the CPU run in C++, anything else in the reference.
+Floor: forward reads two elements and writes one (12 bytes per float32 element), backward reads
+three and writes two. float32 and bfloat16 on the CPU run in C++, anything else in the reference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _BACKWARD = {d: jit.Kernel("gated", f"swiglu_backward_{n}", "p plpl pp ll i") fo
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A 2-d view [rows, F] with contiguous rows, copied only when the layout leaves no other way."""
+    """A 2-d view [rows, F] with contiguous rows, copied only when the layout leaves no other
+    way."""
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -41,8 +42,8 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     g, u = _rows(gate), _rows(up)
     function(
-        g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0), out.data_ptr(), g.shape[0], g.shape[1],
-        torch.get_num_threads(),
+        g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0), out.data_ptr(),
+        g.shape[0], g.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

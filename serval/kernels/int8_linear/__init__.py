@@ -1,8 +1,8 @@
 """Linear layers with int8 weights (per channel) and int8 activations (per token), W8A8.
 
-Floor for few rows: the weight is streamed once, N K bytes; for many rows: 2 M N K integer operations. Activations are
-quantised inside the kernel. Results are exact integer sums times the two scales: the same on every CPU and for
-every number of threads.
+Floor for few rows: the weight is streamed once, N K bytes; for many rows: 2 M N K integer
+operations. Activations are quantised inside the kernel. Results are exact integer sums times the
+two scales: the same on every CPU and for every number of threads.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def _check(x: Tensor, data: Tensor, scale: Tensor) -> None:
     fits = data.dim() == 4 and data.shape[1] == -(-x.shape[-1] // DEPTH)
     if not fits or data.shape[0] != -(-scale.shape[0] // PANEL):
         raise ValueError(
-            f"int8_linear got inputs of {x.shape[-1]} features, a packed weight {tuple(data.shape)} and "
-            f"{scale.shape[0]} scales; pack the weight with pack_int8_weight for this input size"
+            f"int8_linear got inputs of {x.shape[-1]} features, a packed weight "
+            f"{tuple(data.shape)} and {scale.shape[0]} scales; pack the weight with "
+            "pack_int8_weight for this input size"
         )
 
 
@@ -63,8 +64,9 @@ def _int8_linear(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) ->
     if bias is not None:
         bias = bias.float().contiguous()
     function(
-        rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1], data.data_ptr(), scale.data_ptr(),
-        None if bias is None else bias.data_ptr(), out.data_ptr(), n, torch.get_num_threads(),
+        rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1],
+        data.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(),
+        out.data_ptr(), n, torch.get_num_threads(),
     )  # fmt: skip
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
@@ -79,7 +81,8 @@ jit.define(
 def int8_linear(x: Tensor, packed: PackedInt8, bias: Tensor | None = None) -> Tensor:
     """`x W^T + bias` with W8A8 arithmetic; no gradients.
 
-    x [..., K], `packed` from `pack_int8_weight` of a weight [N, K], bias [N]. Returns [..., N] in x's dtype.
+    x [..., K], `packed` from `pack_int8_weight` of a weight [N, K], bias [N]. Returns [..., N] in
+    x's dtype.
     """
     data, scale = packed
     _check(x, data, scale)
@@ -91,7 +94,8 @@ def int8_linear(x: Tensor, packed: PackedInt8, bias: Tensor | None = None) -> Te
 def int8_linear_multi(
     x: Tensor, packed: Sequence[PackedInt8], biases: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
-    """Several `int8_linear` of one input, for example q, k, v or gate, up: one quantisation, one parallel region."""
+    """Several `int8_linear` of one input, for example q, k, v or gate, up: one quantisation, one
+    parallel region."""
     biases = [None] * len(packed) if biases is None else list(biases)
     if len(biases) != len(packed):
         raise ValueError(f"int8_linear_multi got {len(packed)} weights and {len(biases)} biases")
@@ -110,7 +114,7 @@ def int8_linear_multi(
         records += [out.data_ptr(), scale.shape[0]]
     fields = (ctypes.c_int64 * len(records))(*records)
     function(
-        rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1], ctypes.addressof(fields), len(packed),
-        torch.get_num_threads(),
+        rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1],
+        ctypes.addressof(fields), len(packed), torch.get_num_threads(),
     )  # fmt: skip
     return outs if x.dtype == torch.float32 else [out.to(x.dtype) for out in outs]

@@ -1,9 +1,10 @@
 """The one weight layout that all int8 linear kernels read.
 
-Sixteen output channels by four inputs make a 64-byte cell, `data[panel, k // 4, channel % 16, k % 4]`, stored as
-`w + 128`. One cell is one AVX-512 register (or two AVX2 registers): every 32-bit lane belongs to one output channel, so
-a product needs no horizontal sums, and weights stream from memory in order. The offset makes the weight the unsigned
-operand of `vpdpbusd`; kernels subtract `128 * sum(x)` per token. Missing channels and inputs are stored as 128, that is 0.
+Sixteen output channels by four inputs make a 64-byte cell, `data[panel, k // 4, channel % 16, k %
+4]`, stored as `w + 128`. One cell is one AVX-512 register (or two AVX2 registers): every 32-bit
+lane belongs to one output channel, so a product needs no horizontal sums, and weights stream from
+memory in order. The offset makes the weight the unsigned operand of `vpdpbusd`; kernels subtract
+`128 * sum(x)` per token. Missing channels and inputs are stored as 128, that is 0.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def pack_int8_weight(weight: Tensor, scale: Tensor) -> PackedInt8:
     rows, columns = weight.shape
     if weight.dtype != torch.int8 or scale.numel() != rows:
         raise ValueError(
-            f"pack_int8_weight got a {weight.dtype} weight {tuple(weight.shape)} with {scale.numel()} scales; "
-            "it expects an int8 weight [N, K] and N scales"
+            f"pack_int8_weight got a {weight.dtype} weight {tuple(weight.shape)} with "
+            f"{scale.numel()} scales; it expects an int8 weight [N, K] and N scales"
         )
     panels, cells = -(-rows // PANEL), -(-columns // DEPTH)
     padded = torch.zeros(panels * PANEL, cells * DEPTH, dtype=torch.int8, device=weight.device)

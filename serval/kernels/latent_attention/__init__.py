@@ -1,8 +1,10 @@
-"""Multi-head latent attention over a paged latent cache, absorbed form, for decode and short prefill.
+"""Multi-head latent attention over a paged latent cache, absorbed form, for decode and short
+prefill.
 
-Floor: each visible latent row is read once, `4 (C + R)` bytes, and costs `2 H (2 C + R)` operations; with the head
-counts of real models (16 to 128) it is bound by arithmetic, so keys are used as they lie in the cache by register
-tiles over the heads, and the latent part of the same row, still in cache, is the value.
+Floor: each visible latent row is read once, `4 (C + R)` bytes, and costs `2 H (2 C + R)`
+operations; with the head counts of real models (16 to 128) it is bound by arithmetic, so keys are
+used as they lie in the cache by register tiles over the heads, and the latent part of the same row,
+still in cache, is the value.
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ def _paged_latent_attention(
         q.data_ptr(), q.stride(0), q.stride(1), heads, latent,
         q2.data_ptr(), q2.stride(0), q2.stride(1), q2.shape[2],
         cache.data_ptr(), cache.stride(0), cache.stride(1), cache.shape[1], cache.shape[0],
-        block_tables.data_ptr(), block_tables.shape[1], context_lens.data_ptr(), query_starts.data_ptr(),
-        context_lens.shape[0], rows, scale, out.data_ptr(), torch.get_num_threads(),
+        block_tables.data_ptr(), block_tables.shape[1],
+        context_lens.data_ptr(), query_starts.data_ptr(), context_lens.shape[0],
+        rows, scale, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if status:
         check_status(status, block_tables, context_lens, cache.shape[0])
@@ -74,13 +77,14 @@ def paged_latent_attention(
 ) -> Tensor:
     """Causal attention over a latent cache; no gradients.
 
-    q_latent [T, H, C] (queries with the key up-projection folded in), q_rope [T, H, R], cache [B, S, C + R] of
-    `[latent | rotary key]` rows; tables, lengths and starts as in `paged_attention`. Returns [T, H, C].
+    q_latent [T, H, C] (queries with the key up-projection folded in), q_rope [T, H, R], cache [B,
+    S, C + R] of `[latent | rotary key]` rows; tables, lengths and starts as in `paged_attention`.
+    Returns [T, H, C].
     """
     if q_latent.shape[2] + q_rope.shape[2] != cache.shape[2]:
         raise ValueError(
-            f"paged_latent_attention got queries of {q_latent.shape[2]} + {q_rope.shape[2]} dims and cache rows of "
-            f"{cache.shape[2]}"
+            f"paged_latent_attention got queries of {q_latent.shape[2]} + {q_rope.shape[2]} "
+            f"dims and cache rows of {cache.shape[2]}"
         )
     plain = jit.plain(q_latent, cache)
     call = _paged_latent_attention if plain else torch.ops.serval.paged_latent_attention

@@ -1,7 +1,8 @@
 """RMSNorm and RMSNorm fused with the residual addition, with gradients.
 
-Floor: `rms_norm` reads and writes each element once (8 bytes per float32 element); `add_rms_norm` reads two and writes
-two (16 bytes). Statistics in float32. float32 and bfloat16 on the CPU run in C++, anything else in the reference.
+Floor: `rms_norm` reads and writes each element once (8 bytes per float32 element); `add_rms_norm`
+reads two and writes two (16 bytes). Statistics in float32. float32 and bfloat16 on the CPU run in
+C++, anything else in the reference.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 def _backward(
     dy: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the normed input (plus `extra`, the gradient of the sum) as `dtype`, and of the weight."""
+    """Gradients of the normed input (plus `extra`, the gradient of the sum) as `dtype`, and of the
+    weight."""
     name = _NAMES.get((dtype, x.dtype)) if x.device.type == "cpu" else None
     function = _BACKWARD[name].get() if name else None
     if function is None:
@@ -99,8 +101,8 @@ jit.define(
     ),
 )
 jit.define(
-    "rms_norm_backward(Tensor dy, Tensor? extra, Tensor x, Tensor weight, float eps, ScalarType dtype)"
-    " -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor dy, Tensor? extra, Tensor x, Tensor weight, float eps,"
+    " ScalarType dtype) -> (Tensor, Tensor)",
     _backward,
     lambda dy, extra, x, weight, eps, dtype: (
         torch.empty_like(x, dtype=dtype),
@@ -151,8 +153,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return `(rms_norm(x + residual), x + residual)`; x and residual [..., D], weight [D].
 
-    Both results have the promoted dtype of `x` and `residual`, so a float32 residual stream stays float32 under bf16
-    autocast.
+    Both results have the promoted dtype of `x` and `residual`, so a float32 residual stream stays
+    float32 under bf16 autocast.
     """
     if x.shape != residual.shape:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""RMSNorm in plain PyTorch (Zhang & Sennrich, arXiv:1910.07467): `y = x / sqrt(mean(x^2) + eps) * weight`."""
+"""RMSNorm in plain PyTorch (Zhang & Sennrich, arXiv:1910.07467): `y = x / sqrt(mean(x^2) + eps) *
+weight`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension of `x` [..., D] by its root mean square and scale by `weight` [D].
+    """Normalise the last dimension of `x` [..., D] by its root mean square and scale by `weight`
+    [D].
 
     The statistics are taken in float32 (float64 for float64 input); the result has `x`'s dtype.
     """
@@ -17,13 +19,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `(rms_norm(x + residual), x + residual)`; dtypes follow PyTorch's promotion of the two."""
+    """Return `(rms_norm(x + residual), x + residual)`; dtypes follow PyTorch's promotion of the
+    two."""
     summed = x + residual
     return rms_norm(summed, weight, eps), summed
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients for x and weight: with g = dy * w and r = 1 / rms, dx = r g - x r^3 mean(g x), dw = sum dy x r."""
+    """Gradients for x and weight: with g = dy * w and r = 1 / rms, dx = r g - x r^3 mean(g x), dw =
+    sum dy x r."""
     wide = x.double() if x.dtype == torch.float64 else x.float()
     dy = dy.to(wide.dtype)
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

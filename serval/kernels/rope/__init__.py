@@ -1,7 +1,7 @@
 """Rotary position embedding of queries and keys in one call, with gradients.
 
-Floor: q and k are read and written once (8 bytes per float32 element). The gradient is the rotation by the opposite
-angle. float32 and bfloat16 on the CPU run in C++, anything else in the reference.
+Floor: q and k are read and written once (8 bytes per float32 element). The gradient is the rotation
+by the opposite angle. float32 and bfloat16 on the CPU run in C++, anything else in the reference.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _rotary(
 
 
 jit.define(
-    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool interleaved, float sign)"
-    " -> (Tensor, Tensor)",
+    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool interleaved,"
+    " float sign) -> (Tensor, Tensor)",
     _rotary,
     lambda q, k, cos, sin, positions, interleaved, sign: (
         q.new_empty(q.shape),
@@ -94,18 +94,21 @@ class _Rotary(torch.autograd.Function):
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q [T, H, D] and k [T, Hk, Dk]; cos, sin float32 [P, R/2]; positions int64 [T], each below P.
+    """Rotate q [T, H, D] and k [T, Hk, Dk]; cos, sin float32 [P, R/2]; positions int64 [T], each
+    below P.
 
-    The first R dims turn (R <= D, Dk), the rest pass through. Returns new tensors in the dtypes of q and k.
+    The first R dims turn (R <= D, Dk), the rest pass through. Returns new tensors in the dtypes of
+    q and k.
     """
     if q.shape[0] != positions.shape[0] or k.shape[0] != positions.shape[0]:
         raise ValueError(
-            f"rotary got q {tuple(q.shape)}, k {tuple(k.shape)} and {positions.shape[0]} positions; "
-            "it expects one position per row"
+            f"rotary got q {tuple(q.shape)}, k {tuple(k.shape)} and "
+            f"{positions.shape[0]} positions; it expects one position per row"
         )
     if 2 * cos.shape[1] > min(q.shape[2], k.shape[2]):
         raise ValueError(
-            f"rotary got tables for {2 * cos.shape[1]} dims and heads of {q.shape[2]} and {k.shape[2]}"
+            f"rotary got tables for {2 * cos.shape[1]} dims and heads of {q.shape[2]} and "
+            f"{k.shape[2]}; it expects tables no wider than a head"
         )
     if jit.differentiating(q, k):
         return _Rotary.apply(q, k, cos, sin, positions, interleaved)

@@ -1,7 +1,8 @@
 """Rotary position embedding in plain PyTorch (Su et al., RoFormer, arXiv:2104.09864).
 
-Pair j of a head turns by the angle `position * frequency_j`. In the half-split form (Llama, Qwen) pair j is
-`(x[j], x[j + R/2])`; in the interleaved form (DeepSeek, GPT-J) it is `(x[2j], x[2j + 1])`.
+Pair j of a head turns by the angle `position * frequency_j`. In the half-split form (Llama, Qwen)
+pair j is `(x[j], x[j + R/2])`; in the interleaved form (DeepSeek, GPT-J) it is `(x[2j], x[2j +
+1])`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first R = 2 * cos.shape[1] dims of `x` [T, H, D] by the table rows named by `positions` [T]."""
+    """Rotate the first R = 2 * cos.shape[1] dims of `x` [T, H, D] by the table rows named by
+    `positions` [T]."""
     half = cos.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     c, s = cos[positions].to(wide)[:, None], sin[positions].to(wide)[:, None]  # [T, 1, R/2]
@@ -28,5 +30,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries [T, H, D] and keys [T, Hk, D]; `cos`, `sin` float32 [P, R/2], `positions` int64 [T]."""
+    """Rotate queries [T, H, D] and keys [T, Hk, D]; `cos`, `sin` float32 [P, R/2], `positions`
+    int64 [T]."""
     return rotate(q, cos, sin, positions, interleaved), rotate(k, cos, sin, positions, interleaved)
