@@ -96,9 +96,11 @@ class Int8Linear(_Packed):
 
     @property
     def packed(self) -> PackedInt8:
+        """The weight as `kernels.int8_linear` takes it."""
         return PackedInt8(self.data, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in x's dtype."""
         return kernels.int8_linear(x, PackedInt8(self.data, self.scale), self.bias)
 
     def extra_repr(self) -> str:
@@ -137,6 +139,7 @@ class DequantizedLinear(nn.Linear):
 
     @classmethod
     def like(cls, linear: nn.Module) -> DequantizedLinear:
+        """Without values, in the shape of an nn.Linear."""
         assert isinstance(linear, nn.Linear)
         has_bias = linear.bias is not None
         made = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
@@ -164,11 +167,13 @@ class Int8Embedding(Int8Linear):
 
     @classmethod
     def like(cls, embedding: nn.Module) -> Int8Embedding:
+        """Without values, in the shape of an nn.Embedding."""
         assert isinstance(embedding, nn.Embedding)
         return cls(embedding.embedding_dim, embedding.num_embeddings)
 
     @classmethod
     def quantize(cls, embedding: nn.Module, name: str = "weight") -> Int8Embedding:
+        """Quantise an nn.Embedding by rows; `name` is for error messages."""
         assert isinstance(embedding, nn.Embedding)
         made = cls.like(embedding)
         codes, scale = quantize_channels(embedding.weight, f"{name}.weight")
@@ -178,6 +183,7 @@ class Int8Embedding(Int8Linear):
         return made
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [...] -> rows float32 [..., D]."""
         # Row n of the packed table: lane n % 16 of panel n // 16, see the kernel's packing.
         cells = self.data[tokens // 16, :, tokens % 16]  # [..., K / 4, 4], stored as code + 128
         rows = cells.flatten(-2)[..., : self.in_features].float() - 128
@@ -196,6 +202,7 @@ class TiedInt8Head(nn.Module):
         self._table = (embedding,)  # in a tuple, so that it is not registered a second time
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, D] -> logits [R, vocabulary]."""
         return self._table[0].as_head(hidden)
 
     def checkpoint_spec(self) -> Spec:
@@ -219,12 +226,14 @@ class Int8Experts(nn.Module):
 
     @classmethod
     def like(cls, experts: nn.Module) -> Int8Experts:
+        """Without values, in the shape of a stack of `Experts`."""
         assert isinstance(experts, Experts)
         count, hidden, width = experts.down_proj.shape
         return cls(count, hidden, width, experts.activation)
 
     @classmethod
     def quantize(cls, experts: nn.Module, name: str = "experts") -> Int8Experts:
+        """Quantise a stack of `Experts`, one at a time; `name` is for error messages."""
         assert isinstance(experts, Experts)
         made = cls.like(experts)
         stacks = ((made.gate_up, experts.gate_up_proj), (made.down, experts.down_proj))

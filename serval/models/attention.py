@@ -72,6 +72,8 @@ class GroupedQueryAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, batch: PackedBatch, rotary: Rotary) -> Tensor:
+        """x [T, hidden], rotary: cos and sin [P, D/2] float32 -> [T, hidden], before the residual
+        is added. Keys and values go through `batch.memory`."""
         q = self.q_proj(x).view(-1, self.num_heads, self.head_dim)  # [T, H, D]
         k = self.k_proj(x).view(-1, self.num_key_value_heads, self.head_dim)
         v = self.v_proj(x).view(-1, self.num_key_value_heads, self.head_dim)
@@ -129,6 +131,8 @@ class LatentAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, batch: PackedBatch, rotary: Rotary) -> Tensor:
+        """x [T, hidden], rotary: cos and sin [P, qk_rope_head_dim/2] float32 -> [T, hidden], before
+        the residual is added. The latent goes through `batch.memory`."""
         mla = self.mla
         if mla.q_lora_rank is None:
             q = self.q_proj(x)

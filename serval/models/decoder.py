@@ -46,8 +46,8 @@ class StandardBlock(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, batch: PackedBatch, rotary: Rotary
     ) -> tuple[Tensor, Tensor]:
-        """x: the previous block's last branch, residual: the stream before it (None: first block).
-        Returns the same pair, so that each addition fuses with the norm after it."""
+        """x: the previous block's last branch [T, D], residual: the stream before it (None: first
+        block). Returns the same pair, so that each addition fuses with the norm after it."""
         x, residual = norm_into(self.input_layernorm, x, residual)
         x = self.self_attn(x, batch, rotary)
         x, residual = self.post_attention_layernorm.add(x, residual)
@@ -77,6 +77,8 @@ class ShortcutBlock(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, batch: PackedBatch, rotary: Rotary
     ) -> tuple[Tensor, Tensor]:
+        """x: the previous block's last branch [T, D], residual: the stream before it (None: first
+        block). Returns the same pair."""
         x, residual = norm_into(self.input_layernorm[0], x, residual)
         x = self.self_attn[0](x, batch, rotary)
         u, residual = norm_into(self.post_attention_layernorm[0], x, residual)
@@ -88,6 +90,7 @@ class ShortcutBlock(nn.Module):
 
 
 def norm_into(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual) of x, residual [T, D]; residual None counts as zero."""
     return (norm(x), x) if residual is None else cast(RMSNorm, norm).add(x, residual)
 
 

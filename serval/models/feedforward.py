@@ -14,8 +14,8 @@ CLAMPED_SWIGLU_LIMIT = 7.0
 
 
 def gated_activation(kind: str, gate: Tensor, up: Tensor) -> Tensor:
-    """silu: silu(gate) * up. clamped_swiglu (gpt-oss): (up + 1) * gate * sigmoid(alpha gate), with
-    gate at most 7 and up within +-7."""
+    """gate, up [..., F] -> [..., F]. silu: silu(gate) * up. clamped_swiglu (gpt-oss):
+    (up + 1) * gate * sigmoid(alpha gate), with gate at most 7 and up within +-7."""
     if kind == "silu":
         return kernels.swiglu(gate, up)
     gate = gate.clamp(max=CLAMPED_SWIGLU_LIMIT)
@@ -35,4 +35,5 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] -> [..., hidden]."""
         return self.down_proj(gated_activation(self.activation, self.gate_proj(x), self.up_proj(x)))

@@ -15,6 +15,7 @@ class Linear(nn.Linear):
     """nn.Linear whose few rows, as in decoding, run in a kernel that reads the weight in place."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
         return kernels.linear(x, self.weight, self.bias)
 
 
@@ -27,10 +28,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape; the statistics are float32."""
         return kernels.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (norm(x + residual), x + residual) in one pass."""
+        """(norm(x + residual), x + residual) of two tensors [..., size], in one pass."""
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
@@ -74,6 +76,7 @@ def inverse_frequencies(
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's attention factor (arXiv 2309.00071): 0.1 mscale ln(factor) + 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -97,6 +100,7 @@ class RotaryTable(nn.Module):
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def forward(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each float32 [max_positions, R/2] on `device`."""
         if device not in self._tables:
             with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
                 inv, factor = inverse_frequencies(self.rope, self.head_dim, self.max_positions)

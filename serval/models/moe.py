@@ -105,6 +105,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = GatedMLP(config, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D] in x's dtype."""
         weights, chosen = self.gate(x)
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
