@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from serval.engine.async_engine import AsyncLLM, RequestStream
@@ -12,7 +11,6 @@ from serval.engine.llm import LLM
 from serval.engine.params import SamplingParams
 from serval.engine.request import Delta, Logprob
 from serval.errors import ConfigError
-from serval.models import checkpoint
 from serval.server.backend import Batch, Piece, TokenLogprob
 from serval.server.errors import APIError
 
@@ -100,13 +98,7 @@ class EngineBackend:
     @classmethod
     def load(cls, model: str, **arguments: Any) -> EngineBackend:
         """Load a checkpoint directory or hub name; `arguments` go to `LLM`."""
-        directory = Path(checkpoint.locate(model))
-        if (directory / "tokenizer.json").is_file() and "tokenizer" not in arguments:
-            # AutoTokenizer imports every tokenizer there is, for more than a second.
-            from transformers import PreTrainedTokenizerFast
-
-            arguments["tokenizer"] = PreTrainedTokenizerFast.from_pretrained(str(directory))
-        return cls(LLM(directory, **arguments))
+        return cls(LLM(model, **arguments))
 
     async def generate(
         self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]

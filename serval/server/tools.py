@@ -49,6 +49,7 @@ class ToolParser:
         self.held = ""
         self.whole = True  # nothing delivered yet: the answer may be one Llama-style JSON call
         self.any_call = False
+        self.gap = True  # no text yet since the beginning or the last call: blanks are held back
 
     def push(self, text: str) -> tuple[str, list[Call]]:
         self.held += text
@@ -87,30 +88,30 @@ class ToolParser:
     def _scan(self) -> tuple[str, list[Call]]:
         content: list[str] = []
         calls: list[Call] = []
-        while True:
-            at = self.held.find(OPEN)
-            if at < 0:
-                keep = _overlap(self.held, OPEN)
-                cut = len(self.held) - keep
-                content.append(self.held[:cut])
-                self.held = self.held[cut:]
-                break
-            content.append(self.held[:at])
+        while (at := self.held.find(OPEN)) >= 0:
+            before = self.held[:at]
+            if before.strip() or not self.gap:
+                content.append(before)
+            self.gap = self.gap and not before.strip()
             self.held = self.held[at:]
             end = self.held.find(CLOSE)
             if end < 0:
-                break
-            body = self.held[len(OPEN) : end]
-            call = _hermes_call(body)
+                return "".join(content), calls
+            end += len(CLOSE)
+            call = _hermes_call(self.held[len(OPEN) : end - len(CLOSE)])
             if call is None:
-                content.append(self.held[: end + len(CLOSE)])
+                content.append(self.held[:end])
+                self.gap = False
             else:
                 calls.append(call)
-            self.held = self.held[end + len(CLOSE) :]
-        text = "".join(content)
-        if (calls or self.any_call) and not text.strip():
-            text = ""  # blank lines between calls
-        return text, calls
+                self.gap = True
+            self.held = self.held[end:]
+        cut = len(self.held) - _overlap(self.held, OPEN)
+        if self.held[:cut].strip() or not self.gap:
+            content.append(self.held[:cut])
+            self.gap = self.gap and not self.held[:cut].strip()
+            self.held = self.held[cut:]
+        return "".join(content), calls
 
     def _llama_calls(self, text: str) -> list[Call]:
         body = text.strip().removeprefix(PYTHON_TAG).strip()
