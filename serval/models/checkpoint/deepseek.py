@@ -69,28 +69,20 @@ class DeepSeekV3(Family):
         return hub.optional("num_nextn_predict_layers", int, 0) or 0
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        moe, mla = config.moe, config.mla
-        if moe is None or mla is None:
-            raise ConfigError(f"checkpoint family {self.model_type!r} needs model.moe and .mla")
+        moe, _ = moe_and_mla(config, self.model_type)
         values = write_common(config, self.model_type, self.architecture)
         del values["head_dim"]
         return {
             **values,
-            **write_mla(mla),
-            "num_key_value_heads": config.num_attention_heads,
+            **write_latent_moe(config, self.model_type),
             "rope_interleave": config.rope.interleaved,
-            "attention_bias": config.qkv_bias,
             "moe_intermediate_size": moe.intermediate_size,
-            "n_routed_experts": moe.num_experts,
             "n_shared_experts": moe.shared_intermediate_size // moe.intermediate_size,
             "num_experts_per_tok": moe.top_k,
-            "norm_topk_prob": moe.norm_topk_prob,
-            "routed_scaling_factor": moe.routed_scaling_factor,
             "n_group": moe.n_group,
             "topk_group": moe.topk_group,
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",
-            "num_nextn_predict_layers": config.num_mtp_layers,
             **self.write_moe_layers(config),
         }
 
@@ -163,11 +155,26 @@ def read_mla(hub: HubConfig) -> MLAConfig:
     )
 
 
-def write_mla(mla: MLAConfig) -> dict[str, Any]:
+def moe_and_mla(config: ModelConfig, model_type: str) -> tuple[MoEConfig, MLAConfig]:
+    """The two parts that DeepSeek's and LongCat's formats cannot do without, else ConfigError."""
+    if config.moe is None or config.mla is None:
+        raise ConfigError(f"checkpoint family {model_type!r} needs model.moe and .mla")
+    return config.moe, config.mla
+
+
+def write_latent_moe(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """The keys that DeepSeek's and LongCat's config.json have in common."""
+    moe, mla = moe_and_mla(config, model_type)
     return {
         "kv_lora_rank": mla.kv_lora_rank,
         "q_lora_rank": mla.q_lora_rank,
         "qk_nope_head_dim": mla.qk_nope_head_dim,
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "v_head_dim": mla.v_head_dim,
+        "num_key_value_heads": config.num_attention_heads,
+        "attention_bias": config.qkv_bias,
+        "n_routed_experts": moe.num_experts,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "routed_scaling_factor": moe.routed_scaling_factor,
+        "num_nextn_predict_layers": config.num_mtp_layers,
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from serval.errors import ConfigError
-from serval.models.checkpoint.deepseek import read_mla, write_mla
+from serval.models.checkpoint.deepseek import moe_and_mla, read_mla, write_latent_moe
 from serval.models.checkpoint.family import Family
 from serval.models.checkpoint.hub_config import HubConfig, read_common, write_common
 from serval.models.config import ModelConfig, MoEConfig
@@ -71,32 +71,24 @@ class LongcatFlash(Family):
         )
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        moe, mla = config.moe, config.mla
-        if moe is None or mla is None:
-            raise ConfigError(f"checkpoint family {self.model_type!r} needs model.moe and .mla")
+        moe, mla = moe_and_mla(config, self.model_type)
         values = write_common(config, self.model_type, self.architecture)
         del values["intermediate_size"]
         return {
             **values,
-            **write_mla(mla),
+            **write_latent_moe(config, self.model_type),
             "num_layers": config.num_hidden_layers,
             "num_hidden_layers": 2 * config.num_hidden_layers,
-            "num_key_value_heads": config.num_attention_heads,
             "head_dim": mla.qk_rope_head_dim,  # the width that transformers rotates
             "ffn_hidden_size": config.intermediate_size,
             "expert_ffn_hidden_size": moe.intermediate_size,
-            "n_routed_experts": moe.num_experts,
             "zero_expert_num": moe.num_zero_experts,
             "zero_expert_type": "identity",
             "moe_topk": moe.top_k,
-            "norm_topk_prob": moe.norm_topk_prob,
-            "routed_scaling_factor": moe.routed_scaling_factor,
             "router_bias": moe.router_bias,
-            "attention_bias": config.qkv_bias,
             "attention_method": "MLA",
             "mla_scale_q_lora": mla.scale_q != 1.0,
             "mla_scale_kv_lora": mla.scale_kv != 1.0,
-            "num_nextn_predict_layers": config.num_mtp_layers,
             "nextn_use_scmoe": False,
         }
 
