@@ -215,19 +215,14 @@ def bench(
     json_path: Json = None,
     quick: Annotated[bool, typer.Option(help="Tiny shapes, to see that it works.")] = False,
     only: Annotated[str | None, typer.Option(help="Cases whose name contains this.")] = None,
-    readme: Annotated[Path, typer.Option(help="For 'table': the file to update.")] = Path(
-        "README.md"
-    ),
+    readme: Annotated[
+        Path | None, typer.Option(help="For 'table': the file to update (default: README.md).")
+    ] = None,
 ) -> None:
     """Run a benchmark: a peer and Serval in turn, with ratio, spread and fraction of the floor."""
-    from serval import bench as room
+    from serval.bench import run_command
 
-    if name == "table":
-        from serval.bench.table import update_readme
-
-        update_readme(files or [], readme)
-    else:
-        room.run(name, json_path, quick, only)
+    run_command(name, files or [], readme, json_path, quick, only)
 
 
 @app.command()

@@ -9,14 +9,21 @@ share (paired rounds, ratios, spread), `worker.py` runs an engine in a process o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from serval.bench.harness import Case, Report, Setup
-from serval.bench.table import merge_report, print_report, read_report, write_report
+from serval.bench.table import (
+    merge_report,
+    print_report,
+    read_report,
+    update_readme,
+    write_report,
+)
+from serval.errors import ConfigError
 from serval.registry import Entry, resolve
 
-__all__ = ["BENCHES", "Case", "Report", "Setup", "run"]
+__all__ = ["BENCHES", "Case", "Report", "Setup", "run", "run_command"]
 
 BENCHES: dict[str, Entry] = {
     "decode": Entry("serval.bench.decode:collect", "tokens/s of decoding, Llama-3.2-1B shape"),
@@ -37,7 +44,8 @@ def run(
 
     json_path: a file, or with "all" a directory. quick: tiny shapes, to see that it works. only:
     run the cases whose name contains this text; they replace those cases in an existing file.
-    note: receives progress lines (default: stderr). Raises ConfigError for an unknown name.
+    note: receives progress lines (default: stderr). Raises ConfigError for an unknown name, and
+    when no case contains `only`.
     """
     from serval.bench.machine import describe_machine
 
@@ -49,6 +57,8 @@ def run(
     for each, collect in collectors.items():
         setup.note(f"benchmark {each}")
         report = Report(each, machine, collect(setup), quick)
+        if only and not report.cases:
+            continue
         target = json_path / f"{each}.json" if json_path and name == "all" else json_path
         if target is not None:
             if only and target.exists():
@@ -56,4 +66,30 @@ def run(
             write_report(report, target)
         print_report(report)
         reports.append(report)
+    if only and not reports:
+        known = ", ".join(setup.offered)
+        raise ConfigError(f"no case's name contains {only!r} (--only); the cases are: {known}")
     return reports
+
+
+def run_command(
+    name: str,
+    files: Sequence[Path] = (),
+    readme: Path | None = None,
+    json_path: Path | None = None,
+    quick: bool = False,
+    only: str | None = None,
+) -> None:
+    """`serval bench`: `run`, or for the name "table" put the reports `files` into `readme`
+    (default: README.md). Raises ConfigError for options that do not belong to the name."""
+    if name == "table":
+        if json_path is not None or quick or only is not None:
+            raise ConfigError("bench table takes report files and --readme only")
+        update_readme(files, readme or Path("README.md"))
+        return
+    if files or readme is not None:
+        raise ConfigError(
+            f"bench {name} takes no files and no --readme; those belong to `serval bench table "
+            "FILE ... --readme README.md`"
+        )
+    run(name, json_path, quick, only)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from serval.bench.harness import Case, Outcome, Sample, Setup, compare, paired_rounds
 from serval.bench.language_models import Bench, EngineSpec, llama_cpp, serval, transformers
-from serval.bench.machine import read_bandwidth
 from serval.bench.shapes import SHAPES
 from serval.bench.worker import Worker, WorkerPool
+from serval.kernels.bandwidth import read_bandwidth
 
 SECONDS = 2.0  # of one contestant's share of a round
 ROOM = 64  # most steps of a round
@@ -105,7 +105,7 @@ def _cases(
         if ours.samples and not setup.quick:
             facts = bench.facts[spec.label]
             cached = batch * context * facts["cache_bytes_per_token"]
-            floor = (facts["weight_bytes"] + cached) / read_bandwidth()
+            floor = (facts["weight_bytes"] + cached) / (read_bandwidth() * 1e9)
         for peer_spec in peers:
             peer = outcomes[peer_spec.label]
             metrics = bench.metrics(ours, peer, batch)

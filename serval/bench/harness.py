@@ -128,13 +128,16 @@ def _to_stderr(line: str) -> None:
 
 @dataclass
 class Setup:
-    """How a benchmark is to run. only: substring of the case names wanted. note: progress."""
+    """How a benchmark is to run. only: substring of the case names wanted. note: progress.
+    offered: every case name that a benchmark asked about."""
 
     quick: bool = False
     only: str | None = None
     note: Callable[[str], None] = _to_stderr
+    offered: list[str] = field(default_factory=list)
 
     def wants(self, case: str) -> bool:
+        self.offered.append(case)
         return self.only is None or self.only in case
 
 

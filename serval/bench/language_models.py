@@ -6,10 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from serval.bench.harness import Contestant, Outcome, Sample
 from serval.bench.shapes import head_parameters, key_value_elements, linear_parameters
 from serval.bench.worker import Worker, WorkerPool
+from serval.cache.layouts import LAYOUTS
+from serval.models.attention import AttentionSpec
 from serval.models.config import ModelConfig
+from serval.registry import resolve
 
 GIB = 2**30
 
@@ -40,9 +45,17 @@ class EngineSpec:
 
 def serval(label: str, **arguments: Any) -> EngineSpec:
     """One of ours; while an int8 model is made, its float32 weights are in memory too."""
-    cache = 1.2 if arguments.get("kv") == "int8" else 4.0
+    cache = cache_bytes_per_number(arguments.get("kv", "full"))
     name, target = f"serval {label}", "serval.bench.ours:ServalEngine"
     return EngineSpec(name, name, target, arguments, 4.0, cache)
+
+
+def cache_bytes_per_number(kv: str) -> float:
+    """Bytes that cache layout `kv` takes for each number of a key or value of 64, scales
+    included."""
+    spec = AttentionSpec("gqa", num_heads=1, num_key_value_heads=1, head_dim=64, v_head_dim=64)
+    layout = resolve(LAYOUTS, kv, "cache layout")
+    return layout.bytes_per_token(spec, torch.float32) / (spec.head_dim + spec.v_head_dim)
 
 
 def transformers(cache: str) -> EngineSpec:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +46,10 @@ def describe_machine(quick: bool = False) -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     if not quick:
-        facts["read_gb_per_s"] = round(read_bandwidth() / 1e9, 1)
-        facts["float32_gflop_per_s"] = round(matmul_roof() / 1e9, 1)
+        from serval.kernels import bandwidth
+
+        facts["read_gb_per_s"] = round(bandwidth.read_bandwidth(), 1)
+        facts["float32_gflop_per_s"] = round(bandwidth.matmul_roof(), 1)
     return facts
 
 
@@ -85,33 +85,3 @@ def _cpu_flags() -> set[str]:
 def cpu_has(flag: str) -> bool:
     """Whether /proc/cpuinfo lists this instruction set."""
     return flag in _cpu_flags()
-
-
-def best_seconds(work: Callable[[], object], seconds: float) -> float:
-    """The fastest of repeated calls within `seconds`; the first call is not counted."""
-    work()
-    best, start = float("inf"), time.perf_counter()
-    while True:
-        tick = time.perf_counter()
-        work()
-        tock = time.perf_counter()
-        best = min(best, tock - tick)
-        if tock - start > seconds:
-            return best
-
-
-@functools.cache
-def read_bandwidth() -> float:
-    """Bytes per second of reading memory out of cache, all threads."""
-    from serval.kernels import bandwidth
-
-    return bandwidth.read_bandwidth() * 1e9
-
-
-@functools.cache
-def matmul_roof(size: int = 2048) -> float:
-    """FLOP/s of a large float32 matrix product, all threads."""
-    import torch
-
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2.0 * size**3 / best_seconds(lambda: a @ b, 1.5)

@@ -15,6 +15,7 @@ from serval.cache.memory import cache_bytes_per_token
 from serval.compress.registry import COMPRESSORS
 from serval.engine.llm import LLM
 from serval.engine.request import SamplingParams
+from serval.evaluate.speed import weight_bytes
 from serval.models.decoder import Decoder
 from serval.registry import resolve
 
@@ -97,8 +98,7 @@ class ServalEngine:
 
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers, each counted once."""
-        tensors = [*self.decoder.parameters(), *self.decoder.buffers()]
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        return weight_bytes(self.decoder)
 
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values per token, all layers."""

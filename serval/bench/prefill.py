@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from serval.bench.harness import Case, Sample, Setup, compare, paired_rounds
 from serval.bench.language_models import Bench, EngineSpec, llama_cpp, serval, transformers
-from serval.bench.machine import matmul_roof
 from serval.bench.shapes import SHAPES, attention_flops, head_parameters, linear_parameters
 from serval.bench.worker import Worker, WorkerPool
+from serval.kernels.bandwidth import matmul_roof
 from serval.models.config import ModelConfig
 
 
@@ -70,7 +70,7 @@ def collect(setup: Setup) -> list[Case]:
                 outcomes = paired_rounds(contestants, rounds, setup.note)
                 floor = None
                 if not setup.quick:
-                    floor = prompt_flops(config, batch, context) / matmul_roof()
+                    floor = prompt_flops(config, batch, context) / (matmul_roof() * 1e9)
                 for kind, (spec, peers) in chosen.items():
                     for peer in peers:
                         pair = outcomes[spec.label], outcomes[peer.label]

@@ -166,11 +166,26 @@ def _machines(reports: Sequence[Report]) -> list[str]:
 
 
 def update_readme(files: Sequence[Path], readme: Path) -> None:
-    """Replace what stands between the result marks of `readme` by the table of `files`."""
-    text = readme.read_text()
+    """Replace what stands between the result marks of `readme` by the table of `files`.
+
+    Raises ConfigError, and leaves `readme` as it is, without files, with reports of tiny shapes,
+    and when `readme` cannot be read or lacks the marks.
+    """
+    if not files:
+        raise ConfigError("bench table needs the reports to show, such as docs/results/*.json")
+    reports = [read_report(path) for path in files]
+    for path, report in zip(files, reports, strict=True):
+        if report.quick:
+            raise ConfigError(
+                f"{path} was measured with --quick: tiny shapes are no result; run `serval bench "
+                f"{report.bench} --json {path}` again without --quick"
+            )
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--readme {readme}: {error.strerror or error}") from error
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"{readme} lacks the marks {BEGIN} and {END}; add both, each on a line")
-    table = results_table([read_report(path) for path in files])
-    readme.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}")
+    readme.write_text(f"{head}{BEGIN}\n{results_table(reports)}\n{END}{tail}", encoding="utf-8")

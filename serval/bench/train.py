@@ -26,9 +26,10 @@ from serval.bench.harness import (
     compare,
     paired_rounds,
 )
-from serval.bench.machine import cpu_has, matmul_roof
+from serval.bench.machine import cpu_has
 from serval.bench.shapes import attention_flops, head_parameters, linear_parameters
 from serval.bench.worker import WorkerPool
+from serval.kernels.bandwidth import matmul_roof
 from serval.models.config import ModelConfig
 
 SMALL = ModelConfig(
@@ -253,7 +254,9 @@ def _measure(setup: Setup, case: str, work: Work, rounds: int, steps: int) -> li
             contestants.append(contestant(label, "TransformersTrainer", arguments))
         outcomes = paired_rounds(contestants, rounds, setup.note)
     ours = outcomes.pop("serval")
-    roof = work.flops() / matmul_roof() if work.dtype == "float32" and not setup.quick else None
+    roof = None
+    if work.dtype == "float32" and not setup.quick:
+        roof = work.flops() / (matmul_roof() * 1e9)
     return [
         compare(case, ours, peer, floor_seconds=roof, metrics=_metrics(work, ours, peer, peaks))
         for peer in outcomes.values()

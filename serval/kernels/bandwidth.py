@@ -81,6 +81,19 @@ def int8_roof(threads: int | None = None) -> float:
     return _compute("int8", threads or torch.get_num_threads())
 
 
+@functools.cache
+def matmul_roof(size: int = 2048, repeats: int = 10) -> float:
+    """GFLOP/s of a large float32 matrix product with torch's threads: what a library reaches of
+    `float32_roof`."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best / 1e9
+
+
 def roofs(threads: int | None = None) -> Roofs:
     """All limits for `threads` threads (default: torch's)."""
     threads = threads or torch.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from serval.bench.harness import (
     compare,
     paired_rounds,
 )
+from serval.bench.language_models import cache_bytes_per_number
 from serval.bench.table import (
     BEGIN,
     END,
@@ -94,6 +96,47 @@ def report() -> Report:
     absent = Case("float32-decode", 0.5, "other", missing="pip install other")
     quality = Case("int8-quality", None, metrics={"perplexity": 3.21})
     return Report("decode", MACHINE, [fast, absent, quality])
+
+
+def test_the_table_is_made_of_results_only(tmp_path: Path) -> None:
+    readme, tiny = tmp_path / "README.md", tmp_path / "tiny.json"
+    readme.write_text(f"{BEGIN}\nold\n{END}\n")
+    write_report(replace(report(), quick=True), tiny)
+    with pytest.raises(ConfigError, match="needs the reports"):
+        update_readme([], readme)
+    with pytest.raises(ConfigError, match=r"tiny\.json was measured with --quick"):
+        update_readme([tiny], readme)
+    assert "old" in readme.read_text()
+    write_report(report(), tiny)
+    with pytest.raises(ConfigError, match=r"--readme .*nowhere\.md"):
+        update_readme([tiny], tmp_path / "nowhere.md")
+
+
+def test_arguments_of_the_other_kind_of_bench_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="belong to `serval bench table"):
+        bench.run_command("decode", files=[tmp_path / "a.json"])
+    with pytest.raises(ConfigError, match="belong to `serval bench table"):
+        bench.run_command("decode", readme=tmp_path / "README.md")
+    with pytest.raises(ConfigError, match="report files and --readme only"):
+        bench.run_command("table", [tmp_path / "a.json"], only="x")
+
+
+def test_a_name_that_no_case_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collect(setup: Setup) -> list[Case]:
+        return [Case(name, 1.0) for name in ("decode-ctx1", "decode-ctx2") if setup.wants(name)]
+
+    monkeypatch.setattr("serval.bench.decode.collect", collect)
+    out = tmp_path / "decode.json"
+    with pytest.raises(ConfigError, match=r"'zzz'.*decode-ctx1, decode-ctx2"):
+        bench.run("decode", out, quick=True, only="zzz", note=quiet)
+    assert not out.exists()
+
+
+def test_the_memory_of_a_cache_layout_is_what_the_layout_says() -> None:
+    assert cache_bytes_per_number("full") == 4.0
+    assert cache_bytes_per_number("int8") == (64 + 64 + 2 * 4) / 128
 
 
 def test_reports_survive_the_disk_and_merge(tmp_path: Path) -> None:
