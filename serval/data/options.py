@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from serval.data.chat import ChatDocuments
 from serval.data.corpus import Corpus
 from serval.data.packing import Document, Maker, PackedStream, Part
-from serval.data.sources import documents, split_of
+from serval.data.sources import check_source, documents, source_state, split_of
 from serval.data.synthetic import TRAINING_TASKS, Encode, Filler, make_sample, training_document
 from serval.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from serval.data.words import NOUNS, key_names
@@ -73,7 +73,7 @@ class Data:
 
 def build(options: DataOptions, seed: int) -> Data:
     """Build tokenizer and streams. Raises ConfigError or DataError naming what is wrong."""
-    _check(options)
+    check_options(options)
     tokenizer = make_tokenizer(options, seed)
     end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
@@ -102,7 +102,9 @@ def held_out_texts(options: DataOptions) -> list[str]:
     return list(_texts(options, "validation"))
 
 
-def _check(options: DataOptions) -> None:
+def check_options(options: DataOptions) -> None:
+    """Raises ConfigError for what can be told to be wrong before any text is read."""
+    check_source(options.source, options.path, options.field)
     unknown = sorted(set(options.tasks) - set(TRAINING_TASKS))
     if unknown:
         raise ConfigError(
@@ -123,8 +125,9 @@ def _texts(options: DataOptions, split: str) -> Iterator[str]:
 def _corpus(options: DataOptions, split: str, tokenizer: Tokenizer, end: int) -> Corpus:
     path = None
     if options.cache is not None:
-        key = f"{tokenizer.to_str()}|{options.source}|{options.path}|{options.validation_fraction}"
-        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        state = source_state(options.path)
+        keys = (options.source, options.path, options.field, options.validation_fraction, state)
+        digest = hashlib.sha256(f"{tokenizer.to_str()}|{keys}".encode()).hexdigest()[:16]
         path = Path(options.cache) / f"{split}-{digest}.tokens"
     try:
         return Corpus.from_texts(_texts(options, split), tokenizer, end, path)

@@ -7,6 +7,7 @@ or validation by a hash of its own text, so that a split never depends on order 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -108,13 +109,41 @@ SOURCES: dict[str, Entry] = {
 }
 
 
-def documents(kind: str, path: str | None = None, field: str = "text") -> Iterator[str]:
-    """Iterate the documents of source `kind`; raises ConfigError for an unknown kind, DataError
-    for a source that cannot be read or holds no text."""
+def check_source(kind: str, path: str | None = None, field: str = "text") -> None:
+    """Raises ConfigError for an unknown source, a missing path, or a field the source has not."""
     if kind not in SOURCES:
         raise ConfigError(f"unknown data source {kind!r}; choose one of: {', '.join(SOURCES)}")
     if path is None and kind != "stdlib":
         raise ConfigError(f"data source {kind!r} needs a path")
+    if field != "text" and not _takes_field(kind):
+        able = ", ".join(name for name in SOURCES if _takes_field(name))
+        raise ConfigError(
+            f"data.field is {field!r}, but source {kind!r} reads whole files; leave it out "
+            f"(sources with fields: {able})"
+        )
+
+
+def _takes_field(kind: str) -> bool:
+    return "field" in inspect.signature(SOURCES[kind].load()).parameters
+
+
+def source_state(path: str | None) -> str:
+    """A digest of the files at `path` (None: the standard library) by name, size and time; of
+    nothing for a name that is no local file or folder."""
+    root = Path(path or sysconfig.get_paths()["stdlib"])
+    digest = hashlib.sha256()
+    for file in [root] if root.is_file() else sorted(root.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            stat = file.stat()
+            name = file.relative_to(root)
+            digest.update(f"{name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def documents(kind: str, path: str | None = None, field: str = "text") -> Iterator[str]:
+    """Iterate the documents of source `kind`; raises ConfigError for an unknown kind, DataError
+    for a source that cannot be read or holds no text."""
+    check_source(kind, path, field)
     loader: Callable[..., Iterator[str]] = SOURCES[kind].load()
     count = 0
     for text in loader(path, field=field) if path is not None else loader():

@@ -17,10 +17,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from serval.data.options import DataOptions
+from serval.data.options import DataOptions, check_options
 from serval.errors import ConfigError
+from serval.models import checkpoint
 from serval.models.config import ModelConfig
-from serval.optim import OptimizerOptions, Role, RoleOptions
+from serval.models.initialize import INITIALIZERS
+from serval.optim import OPTIMIZERS, SCHEDULES, OptimizerOptions, Role, RoleOptions, Schedule
+from serval.registry import resolve
 
 S = TypeVar("S", bound=BaseModel)
 Positive = Annotated[int, Field(gt=0)]
@@ -72,6 +75,11 @@ class ScheduleSection(Section):
     warmup_steps: NonNegative = 0
     decay_steps: NonNegative = 0
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def build(self, steps: int) -> Schedule:
+        """The schedule of a run of `steps`; raises ConfigError if unknown or longer than it."""
+        kind = resolve(SCHEDULES, self.name, "schedule")
+        return kind(steps, self.warmup_steps, self.decay_steps, self.final)
 
 
 class TrainSection(Section):
@@ -163,9 +171,38 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(values, override)
     recipe = check_section(Recipe, values, f"recipe {path}")
-    if "path" not in recipe.model:
-        check_model({"vocab_size": 1, **recipe.model}, f"recipe {path}")
+    _check_choices(recipe)
+    config = _model_of(recipe, f"recipe {path}")
+    checkpoint.choose_family(config)  # or the run would end with a model that cannot be written
+    if recipe.data.row_tokens > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.row_tokens {recipe.data.row_tokens} exceeds model.max_position_embeddings "
+            f"{config.max_position_embeddings}; a document may fill a whole row"
+        )
     return recipe
+
+
+def _check_choices(recipe: Recipe) -> None:
+    """What one section's types cannot tell: names, and numbers that must fit each other."""
+    resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer")
+    resolve(INITIALIZERS, recipe.initializer, "initializer")
+    recipe.schedule.build(recipe.train.steps)
+    rows, share = recipe.train.batch_rows, recipe.train.micro_batch_rows
+    if rows % share:
+        raise ConfigError(
+            f"train.batch_rows is {rows}; expected a multiple of train.micro_batch_rows {share}"
+        )
+    check_options(recipe.data)
+
+
+def _model_of(recipe: Recipe, where: str) -> ModelConfig:
+    """The model that will be trained; a fresh one's vocabulary is not known yet."""
+    if "path" not in recipe.model:
+        return check_model({"vocab_size": 1, **recipe.model}, where)
+    others = sorted(recipe.model.keys() - {"path"})
+    if others:
+        raise ConfigError(f"model.{others[0]}: not allowed beside model.path, which brings it")
+    return checkpoint.read_config(recipe.model["path"])
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -177,7 +214,11 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: '{section}' is not a section")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {why}") from error
 
 
 def check_model(values: dict[str, Any], where: str) -> ModelConfig:

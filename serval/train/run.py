@@ -26,11 +26,11 @@ from serval.data import options as data_options
 from serval.data.options import Data
 from serval.data.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 from serval.errors import ConfigError, MissingExtraError
+from serval.models import checkpoint as weights
 from serval.models.config import ModelConfig
 from serval.models.decoder import Decoder
 from serval.models.initialize import INITIALIZERS
-from serval.optim import SCHEDULES, build
-from serval.optim.schedules import Schedule
+from serval.optim import build
 from serval.registry import resolve
 from serval.train import checkpoint
 from serval.train.curve import draw_curve
@@ -87,7 +87,7 @@ def _run(
     trainer = Trainer(
         decoder,
         lambda model: build(recipe.optimizer.name, model, recipe.optimizer.options(), note),
-        build_schedule(recipe),
+        recipe.schedule.build(recipe.train.steps),
         data.train,
         settings_of(recipe, world),
         validation=rows,
@@ -174,11 +174,6 @@ def _context(recipe: Recipe) -> int:
 def build_decoder(recipe: Recipe, data: Data) -> Decoder:
     """A decoder with fresh weights, or the one under `model.path`."""
     if "path" in recipe.model:
-        from serval.models import checkpoint as weights
-
-        others = sorted(recipe.model.keys() - {"path"})
-        if others:
-            raise ConfigError(f"model.{others[0]}: not allowed beside model.path, which brings it")
         decoder = weights.load(recipe.model["path"], dtype=torch.float32)
         config = decoder.config
     else:
@@ -189,11 +184,6 @@ def build_decoder(recipe: Recipe, data: Data) -> Decoder:
         raise ConfigError(
             f"model.vocab_size is {config.vocab_size}, the tokenizer has "
             f"{data.tokenizer.get_vocab_size()} entries; leave it out to use the tokenizer's"
-        )
-    if recipe.data.row_tokens > config.max_position_embeddings:
-        raise ConfigError(
-            f"data.row_tokens {recipe.data.row_tokens} exceeds model.max_position_embeddings "
-            f"{config.max_position_embeddings}; a document may fill a whole row"
         )
     return decoder
 
@@ -206,12 +196,6 @@ def model_config(recipe: Recipe, data: Data) -> ModelConfig:
         **recipe.model,
     }
     return check_model(values, "recipe")
-
-
-def build_schedule(recipe: Recipe) -> Schedule:
-    kind = resolve(SCHEDULES, recipe.schedule.name, "schedule")
-    section = recipe.schedule
-    return kind(recipe.train.steps, section.warmup_steps, section.decay_steps, section.final)
 
 
 def settings_of(recipe: Recipe, world: World) -> Settings:
@@ -248,10 +232,9 @@ def reports(recipe: Recipe, world: World, note: Callable[[str], None]) -> list[C
     return found
 
 
-def export(trainer: Trainer, data: Data, target: Path) -> Path:
-    """Write weights and tokenizer in Hugging Face's layout; a collective call."""
-    from serval.models import checkpoint as weights
-
+def export(trainer: Trainer, data: Data, recipe: Path, target: Path) -> Path:
+    """Write weights and tokenizer in Hugging Face's layout, with the recipe, which tells an
+    evaluation the text that was held out; a collective call."""
     decoder = trainer.decoder
     state = {name: whole(tensor).cpu() for name, tensor in decoder.state_dict().items()}
     if trainer.world.is_main:

@@ -230,7 +230,9 @@ def test_a_checkpoint_moves_between_machines_with_and_without_gpu(
 
 
 def test_another_recipe_is_refused_naming_the_key(tmp_path: Path) -> None:
-    toy_trainer(tmp_path, steps=2, fingerprint={"optimizer": {"lr": 0.1}}).fit()
+    toy_trainer(tmp_path, steps=2, fingerprint={"optimizer": {"lr": 0.1}, "model": {}}).fit()
+    family = {"optimizer": {"lr": 0.1}, "model": {"family": "qwen3"}}  # free to change
+    toy_trainer(tmp_path, steps=2, fingerprint=family).fit()
     with pytest.raises(ConfigError, match=r"optimizer\.lr = 0\.1, the recipe now says 0\.2"):
         toy_trainer(tmp_path, steps=2, fingerprint={"optimizer": {"lr": 0.2}}).fit()
 

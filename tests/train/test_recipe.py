@@ -96,6 +96,38 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_recipe(binary)
 
 
+QK = GOOD.replace("model: {", "model: {qk_norm: true, ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.name=sgd", "unknown optimizer 'sgd'"),
+        ("initializer=zeros", "unknown initializer 'zeros'"),
+        ("schedule.name=step", "unknown schedule 'step'"),
+        ("schedule.warmup_steps=11", "exceed the 10 steps"),
+        ("train.micro_batch_rows=3", r"train\.batch_rows is 4; expected a multiple"),
+        ("data.row_tokens=4096", r"data\.row_tokens 4096 exceeds"),
+        ("data.source=web", "unknown data source 'web'"),
+        ("data.field=body", r"data\.field is 'body', but source 'stdlib' reads whole files"),
+        ("data.tasks={chess: {share: 0.1}}", r"data\.tasks\.chess: unknown task"),
+        ("data.chat={share: 1.5}", "less than or equal to 1"),
+    ],
+)
+def test_choices_are_checked_when_the_recipe_is_read(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, GOOD), [override])
+
+
+def test_a_model_that_its_family_cannot_express_is_refused_before_training(tmp_path: Path) -> None:
+    path = write(tmp_path, QK)
+    with pytest.raises(ConfigError, match=r"'llama' cannot express model\.qk_norm.*qwen3"):
+        load_recipe(path)
+    assert load_recipe(path, ["model.family=qwen3"]).model["family"] == "qwen3"
+
+
 def test_fingerprint_ignores_where_and_how_long(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     same = load_recipe(path, ["output=z", "train.steps=99", "schedule.name=cosine"])

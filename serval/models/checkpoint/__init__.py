@@ -29,7 +29,7 @@ from serval.models.checkpoint.files import locate
 from serval.models.checkpoint.quantized import CheckpointModule, Quantizer
 from serval.models.checkpoint.reading import load, read_config
 from serval.models.checkpoint.registry import FAMILIES, QUANTIZERS, family_of
-from serval.models.checkpoint.writing import save
+from serval.models.checkpoint.writing import choose_family, save
 from serval.models.config import ModelConfig
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Family",
     "Piece",
     "Quantizer",
+    "choose_family",
     "load",
     "locate",
     "module_name",

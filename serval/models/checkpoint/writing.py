@@ -43,7 +43,7 @@ def save(
     ConfigError when the family cannot express the model, CheckpointError when the disk is full or
     not writable; then nothing is left behind.
     """
-    format_ = _choose_family(decoder.config, family)
+    format_ = choose_family(decoder.config, family)
     directory = Path(directory).expanduser().resolve()
     tensors = list(_tensors_to_write(decoder, format_, dtype))
     needed = sum(tensor.nbytes for tensor in tensors)
@@ -64,7 +64,11 @@ def save(
     return directory
 
 
-def _choose_family(config: ModelConfig, name: str | None) -> Family:
+def choose_family(config: ModelConfig, name: str | None = None) -> Family:
+    """The family to write `config` in: `name`, or the config's own.
+
+    Raises ConfigError when it cannot express the model, naming the field and families that can.
+    """
     family = family_named(name or config.family)
     lost = explain_loss(family, config)
     if lost is None:
