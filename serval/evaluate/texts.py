@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -14,21 +16,33 @@ from serval.errors import ConfigError, DataError
 RECIPE = "recipe.yaml"  # beside a model's weights: how it was trained
 
 
-def evaluation_texts(text: str | None, model_dir: Path) -> list[str]:
-    """Documents to score.
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def evaluation_texts(
+    text: str | None,
+    model_dir: Path,
+    note: Callable[[str], None] = _say,
+    field: str = "text",
+) -> list[str]:
+    """Documents to score; `note` is told which. field: which one of JSONL or Parquet holds them.
 
     text: a folder of text files, a .jsonl or .parquet file, or "stdlib". None and "stdlib" give
     the held-out documents of the recipe beside the model if there is one, else those of the
     standard library. Raises DataError or ConfigError naming what cannot be read.
     """
     if text is None or text == "stdlib":
-        options = _recipe_data(model_dir) or DataOptions.model_validate({})
+        trained = _recipe_data(model_dir)
+        options = trained or DataOptions.model_validate({})
         try:
             texts = held_out_texts(options)
         except DataError as error:
             raise DataError(
                 f"{error} (the text held out by {model_dir / RECIPE}; choose another with --text)"
             ) from error
+        recipe = f"the recipe {model_dir / RECIPE}" if trained else "no recipe beside the model"
+        chosen = f"held out of {options.path or 'the standard library'} ({recipe})"
     else:
         path = Path(text).expanduser()
         if not path.exists():
@@ -38,10 +52,13 @@ def evaluation_texts(text: str | None, model_dir: Path) -> list[str]:
             )
         kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(path.suffix.lower(), "folder")
         if path.is_file() and kind == "folder":
-            return [path.read_text(encoding="utf-8", errors="replace")]
-        texts = list(documents(kind, str(path)))
+            texts = [path.read_text(encoding="utf-8", errors="replace")]
+        else:
+            texts = list(documents(kind, str(path), field))
+        chosen = str(path)
     if not texts:
         raise DataError("no text was held out for validation; give some with --text")
+    note(f"text: {len(texts)} documents, {chosen}")
     return texts
 
 

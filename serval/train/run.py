@@ -107,7 +107,7 @@ def _run(
     if trainer.interrupted and trainer.step < recipe.train.steps:
         note(f"stopped at step {trainer.step}; resume with: serval train {recipe_path}")
         return Result(trainer.step, True, None)
-    target = export(trainer, data, directory / "model")
+    target = export(trainer, data, directory / "recipe.yaml", directory / "model")
     note(f"model written to {target}; try: serval serve {target}")
     return Result(trainer.step, False, target)
 
@@ -249,6 +249,7 @@ def export(trainer: Trainer, data: Data, recipe: Path, target: Path) -> Path:
             temporary.mkdir(parents=True)
             weights.save(complete, temporary)
             save_tokenizer(data.tokenizer, temporary, decoder.config.max_position_embeddings)
+            shutil.copy(recipe, temporary)
             checkpoint.publish(temporary, target)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from serval.errors import ConfigError, DataError, MissingExtraError, ServalError
+from serval.evaluate.texts import evaluation_texts
 from serval.models import checkpoint as model_checkpoint
 from serval.train import reporting
 from serval.train import run as run_module
@@ -82,6 +83,18 @@ def test_a_recipe_becomes_a_model_and_a_crash_changes_nothing(recipe: Path, tmp_
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
     again = run(recipe, note=notes.append)  # nothing left to do: the model is written again
     assert again.step == 6
+
+
+def test_the_result_is_scored_on_what_was_held_out(recipe: Path, tmp_path: Path) -> None:
+    result = run(recipe, overrides=["train.steps=3"], note=lambda line: None)
+    assert result.model is not None
+    notes: list[str] = []
+    scored = evaluation_texts(None, result.model, notes.append)
+    assert 0 < len(scored) < 20
+    assert all(text.startswith("document ") for text in scored)
+    (line,) = notes
+    assert str(tmp_path / "text") in line
+    assert str(result.model / "recipe.yaml") in line
 
 
 def test_the_result_loads_in_transformers(recipe: Path) -> None:
