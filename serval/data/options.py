@@ -34,7 +34,8 @@ class TokenizerOptions(_Options):
 
 
 class PartOptions(_Options):
-    """A generated part: its share of all tokens and the lengths of its documents in tokens."""
+    """A generated part: its share of all tokens, the lengths of its documents in tokens, and the
+    weight of answers (assistant turns in conversations) in the loss."""
 
     share: float = Field(ge=0, le=1)
     min_length: int = Field(64, ge=32)
@@ -167,10 +168,10 @@ def _parts(options: DataOptions, tokenizer: Tokenizer) -> list[Part]:
     for name, part in options.tasks.items():
         parts.append(_part(name, part, _task_maker(name, filler, part.answer_weight)))
     if options.chat is not None:
-        chat = ChatDocuments(filler_texts, filler)
+        chat, answer_weight = ChatDocuments(filler_texts, filler), options.chat.answer_weight
 
         def make_chat(rng: Random, length: int) -> Document:
-            return _encode_pieces(chat.draw(rng, length), encode, length)
+            return _encode_pieces(chat.draw(rng, length), encode, length, answer_weight)
 
         parts.append(_part("chat", options.chat, make_chat))
     return parts
@@ -187,11 +188,13 @@ def _task_maker(name: str, filler: Filler, answer_weight: float) -> Maker:
     return make
 
 
-def _encode_pieces(pieces: list[tuple[str, bool]], encode: Encode, length: int) -> Document:
+def _encode_pieces(
+    pieces: list[tuple[str, bool]], encode: Encode, length: int, answer_weight: float
+) -> Document:
     tokens: list[int] = []
     weights: list[float] = []
     for text, predictable in pieces:
         ids = encode(text)
         tokens += ids
-        weights += [1.0 if predictable else 0.0] * len(ids)
+        weights += [answer_weight if predictable else 0.0] * len(ids)
     return tokens[:length], weights[:length]

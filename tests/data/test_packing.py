@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from random import Random
 
 import numpy as np
@@ -11,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serval.data.corpus import Corpus
-from serval.data.options import DataOptions, PartOptions, TokenizerOptions, build, held_out_texts
+from serval.data.options import (
+    DataOptions,
+    PartOptions,
+    TokenizerOptions,
+    build,
+    held_out_texts,
+    make_tokenizer,
+)
 from serval.data.packing import PackedStream, Part
+from serval.data.tokenizer import save_tokenizer
 from serval.errors import ConfigError, DataError
 
 
@@ -126,3 +135,62 @@ def test_wrong_options_name_their_key(tmp_path) -> None:
             ),
             0,
         )
+
+
+def test_generated_documents_grow_over_the_first_rows() -> None:
+    def lengths(warmup: int, rows: range) -> list[int]:
+        parts = [Part("digits", 0.9, digits, 32, 512)]
+        stream = PackedStream(corpus_of([1000] * 5), parts, 2048, 0, length_warmup_rows=warmup)
+        made: list[int] = []
+        parts[0].make = lambda rng, length: made.append(length) or digits(rng, length)
+        for row in range(rows.stop):
+            if row == rows.start:
+                made.clear()
+            stream.next()
+        return made
+
+    early, late = lengths(40, range(4)), lengths(40, range(40, 44))
+    assert max(early) <= 32 * (512 / 32) ** 0.33  # from a quarter of the way, on a log scale
+    assert max(late) > 256
+    assert max(lengths(0, range(4))) > 256
+
+
+def test_a_chat_answer_weighs_what_the_recipe_says(tmp_path) -> None:
+    write_folder(tmp_path)
+    options = DataOptions(
+        source="folder",
+        path=str(tmp_path),
+        row_tokens=256,
+        validation_fraction=0.2,
+        tokenizer=TokenizerOptions(vocab_size=400),
+        chat=PartOptions(share=1.0, max_length=200, answer_weight=3.0),
+    )
+    _, _, weights = build(options, seed=1).train.next()
+    assert {0.0, 3.0} <= set(weights.tolist()) <= {0.0, 1.0, 3.0}
+
+
+def test_a_cached_corpus_follows_its_field_and_files(tmp_path) -> None:
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": "word " * (20 + i), "body": "other " * (30 + i)} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = DataOptions(
+        source="jsonl",
+        path=str(path),
+        validation_fraction=0.2,
+        tokenizer=TokenizerOptions(vocab_size=262),
+        cache=str(tmp_path / "cache"),
+    )
+    tokenizer_dir = tmp_path / "tokenizer"
+    save_tokenizer(make_tokenizer(options, 0), tokenizer_dir, 64)
+    options.tokenizer.path = str(tokenizer_dir)
+
+    def tokens() -> np.ndarray:
+        return build(options, 0).train.corpus.tokens
+
+    first = tokens()
+    assert np.array_equal(first, tokens())
+    options.field = "body"
+    assert not np.array_equal(first, tokens())
+    options.field = "text"
+    path.write_text("\n".join(map(json.dumps, rows[:30])))
+    assert len(tokens()) < len(first)
