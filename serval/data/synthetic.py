@@ -174,12 +174,22 @@ def variables(rng: Random, filler: Filler, length: int, hops: int | None = None)
     return Sample(pieces, queries)
 
 
-TASKS: dict[str, Callable[[Random, Filler, int], Sample]] = {
-    "needle": needle,
-    "multi_needle": multi_needle,
-    "key_value": key_value,
-    "variables": variables,
-    "mqar": mqar,
+@dataclass(frozen=True)
+class Task:
+    """make: draws a sample from (generator, filler, most tokens). context_share: of a training
+    document that is context, drawn between the two; the rest is queries. A context made of facts
+    alone has so many to ask for that it varies."""
+
+    make: Callable[[Random, Filler, int], Sample]
+    context_share: tuple[float, float] = (0.85, 0.85)
+
+
+TASKS: dict[str, Task] = {
+    "needle": Task(needle),
+    "multi_needle": Task(multi_needle),
+    "key_value": Task(key_value, (0.5, 0.9)),
+    "variables": Task(variables),
+    "mqar": Task(mqar, (0.5, 0.9)),
 }
 
 
@@ -194,14 +204,18 @@ def copy(rng: Random, filler: Filler, length: int) -> Sample:
     return Sample([(f"List:{text}\n", False)], [Query("List:", text, 0.5)])
 
 
-TRAINING_TASKS = {**TASKS, "copy": copy}
+TRAINING_TASKS = {**TASKS, "copy": Task(copy)}
 
 
 def make_sample(task: str, rng: Random, filler: Filler, length: int) -> Sample:
     """A sample of `task` whose context has about `length` tokens (never more)."""
-    if task not in TRAINING_TASKS:
-        raise ConfigError(f"unknown task {task!r}; choose one of: {', '.join(TRAINING_TASKS)}")
-    return TRAINING_TASKS[task](rng, filler, length)
+    return _task(task).make(rng, filler, length)
+
+
+def _task(name: str) -> Task:
+    if name not in TRAINING_TASKS:
+        raise ConfigError(f"unknown task {name!r}; choose one of: {', '.join(TRAINING_TASKS)}")
+    return TRAINING_TASKS[name]
 
 
 def training_document(
@@ -212,7 +226,8 @@ def training_document(
     The context takes half to nearly all of it, queries the rest. Predictable text weighs 1, facts
     and questions (random words and digits) 0, answers `answer_weight`.
     """
-    share = rng.uniform(0.5, 0.9) if task in ("key_value", "mqar") else 0.85
+    low, high = _task(task).context_share
+    share = low if low == high else rng.uniform(low, high)
     sample = make_sample(task, rng, filler, max(16, int(length * share)))
     tokens: list[int] = []
     weights: list[float] = []
