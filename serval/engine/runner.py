@@ -75,6 +75,7 @@ class Runner:
             ]
         )
         sampled = [int(starts[n + 1]) - 1 for n, item in enumerate(work) if item.samples]
+        scored = [n for n, item in enumerate(work) if item.sequence.wants_prompt_logprobs]
         logits_rows = None
         if len(sampled) != rows:
             logits_rows = torch.tensor(sampled, dtype=torch.int64, device=self.device)
@@ -83,13 +84,12 @@ class Runner:
             query_starts=query_starts,
             context_lens=context_lens,
             memory=self.memory,
-            logits_rows=logits_rows,
+            logits_rows=None if scored else logits_rows,
         )
         hidden = self.decoder(self._tensor(self._tokens[:rows]), batch)
-        for n, item in enumerate(work):
-            if item.sequence.wants_prompt_logprobs:
-                self._prompt_logprobs(item, hidden[int(starts[n]) : int(starts[n + 1])])
-        if logits_rows is not None:
+        for n in scored:
+            self._prompt_logprobs(work[n], hidden[int(starts[n]) : int(starts[n + 1])])
+        if scored and logits_rows is not None:
             hidden = hidden[logits_rows]
         return self.decoder.logits(hidden).float()
 

@@ -19,7 +19,7 @@ class PackedBatch:
     positions: int64 [T], rotary position of each row. query_starts: int32 [N + 1], rows
     query_starts[n]:query_starts[n+1] belong to sequence n. context_lens: int32 [N], tokens of
     sequence n known after this step. memory: what attention layers talk to. logits_rows: int64 [R],
-    the rows whose logits are wanted (None: all).
+    the rows whose logits are wanted (None: all); `Decoder.forward` returns these only.
     """
 
     positions: Tensor

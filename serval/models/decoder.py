@@ -170,8 +170,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states of a packed batch.
 
-        tokens: int64 [T], or None when `embeddings` [T, D] are given instead. Returns [T, D], after
-        the final norm; before it when `pre_norm` (MTP, drafters).
+        tokens: int64 [T], or None when `embeddings` [T, D] are given instead. Returns [R, D], the
+        batch's `logits_rows` (None: all T) after the final norm; all before it when `pre_norm`
+        (MTP, drafters).
         """
         if (tokens is None) == (embeddings is None):
             raise ConfigError("Decoder.forward takes either tokens or embeddings, exactly one")
@@ -180,11 +181,12 @@ class Decoder(nn.Module):
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, rotary)
-        if residual is None:
-            return x if pre_norm else self.norm(x)
         if pre_norm:
-            return x + residual
-        return self.norm.add(x, residual)[0]
+            return x if residual is None else x + residual
+        if batch.logits_rows is not None:
+            x = x[batch.logits_rows]
+            residual = None if residual is None else residual[batch.logits_rows]
+        return norm_into(self.norm, x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of final-normed hidden states: [R, D] -> [R, vocab_size]."""
