@@ -86,8 +86,7 @@ class LLM:
         config = decoder.config
         self.tokenizer = _load_tokenizer(tokenizer, directory)
         weight = decoder.norm.weight
-        specs = decoder.attention_layers
-        specs = specs[: len(specs) - config.num_mtp_layers]  # drafting is not the engine's affair
+        specs = decoder.trunk_attention_layers  # drafting is not the engine's affair
         limit = config.max_position_embeddings
         if max_model_len is not None and max_model_len > limit:
             raise ConfigError(

@@ -16,19 +16,12 @@ from torch import Tensor
 from serval.cache.layouts.base import CacheView
 from serval.cache.memory import PagedMemory, cache_bytes_per_token
 from serval.errors import RequestError
-from serval.models.attention import AttentionSpec
 from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
 
 BLOCK_SIZE = 32
 
 Rows = tuple[int, int, Tensor]  # sequence, first row, logits [rows, vocabulary] in float32
-
-
-def trunk_layers(decoder: Decoder) -> list[AttentionSpec]:
-    """The attention layers that a forward pass runs (those of an MTP head come last)."""
-    specs = decoder.attention_layers
-    return specs[: len(specs) - decoder.config.num_mtp_layers]
 
 
 class Scorer:
@@ -118,7 +111,7 @@ class Scorer:
 
     def _storage(self, kv: str, blocks: int) -> PagedMemory:
         if self._memory is None or self._blocks < blocks:
-            specs = trunk_layers(self.decoder)
+            specs = self.decoder.trunk_attention_layers
             block_bytes = cache_bytes_per_token(specs, kv, self.dtype) * BLOCK_SIZE
             self._memory = PagedMemory(
                 specs,

@@ -16,7 +16,6 @@ from time import perf_counter
 from serval.cache.memory import cache_bytes_per_token
 from serval.engine.llm import LLM
 from serval.engine.params import SamplingParams
-from serval.evaluate.scorer import trunk_layers
 from serval.models.decoder import Decoder
 
 
@@ -80,4 +79,4 @@ def weight_bytes(decoder: Decoder) -> int:
 
 def cache_bytes(decoder: Decoder, kv: str) -> int:
     """Bytes that one token takes in the cache, over all layers."""
-    return cache_bytes_per_token(trunk_layers(decoder), kv, decoder.norm.weight.dtype)
+    return cache_bytes_per_token(decoder.trunk_attention_layers, kv, decoder.norm.weight.dtype)

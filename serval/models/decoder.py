@@ -160,6 +160,12 @@ class Decoder(nn.Module):
         ]
         return [m.spec for m in sorted(modules, key=lambda m: m.index)]
 
+    @property
+    def trunk_attention_layers(self) -> list[AttentionSpec]:
+        """Those of `attention_layers` that `forward` runs, without the MTP head's."""
+        specs = self.attention_layers
+        return specs[: len(specs) - self.config.num_mtp_layers]
+
     def forward(
         self,
         tokens: Tensor | None,

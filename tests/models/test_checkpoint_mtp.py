@@ -78,6 +78,13 @@ def test_checkpoints_without_the_head_load(name: str, tmp_path: Path) -> None:
     assert checkpoint.load(out).config.num_mtp_layers == 0
 
 
+def test_the_trunk_leaves_the_head_out(tmp_path: Path) -> None:
+    decoder, _ = with_mtp("deepseek_v3", tmp_path)
+    trunk = decoder.trunk_attention_layers
+    assert trunk == decoder.attention_layers[: decoder.config.num_hidden_layers]
+    assert len(decoder.attention_layers) == len(trunk) + 1
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
