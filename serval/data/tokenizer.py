@@ -92,19 +92,25 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Load a Hugging Face tokenizer from a directory or hub name.
 
     A plain `tokenizer.json` is loaded without the machinery of AutoTokenizer, which costs seconds
-    to import. Raises DataError naming the path when there is none.
+    to import. Raises DataError naming the path when there is none, or a broken one.
     """
     directory = Path(path)
-    if (directory / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(str(directory))
-    if directory.exists():
+    if directory.exists() and not holds_tokenizer(directory):
         raise DataError(f"{directory} holds no tokenizer.json; copy the model's tokenizer there")
-    from transformers import AutoTokenizer
-
     try:
+        if (directory / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(directory))
+        from transformers import AutoTokenizer
+
         loaded: Any = AutoTokenizer.from_pretrained(str(path))
         return loaded
-    except (OSError, ValueError) as error:
-        raise DataError(f"no tokenizer for {str(path)!r}: {error}") from error
+    except Exception as error:  # the formats' parsers raise anything
+        raise DataError(f"the tokenizer in {str(path)!r} cannot be loaded: {error}") from error
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether there is a tokenizer in any of Hugging Face's formats."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((directory / name).is_file() for name in names)

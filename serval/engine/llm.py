@@ -20,6 +20,7 @@ import torch
 from serval.cache.memory import PagedMemory, cache_bytes_per_token
 from serval.engine.engine import Engine, EngineStats
 from serval.engine.params import SamplingParams
+from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.request import Delta, Request, RequestOutput
 from serval.errors import ConfigError, RequestError
 from serval.models import checkpoint
@@ -54,7 +55,7 @@ class LLM:
         seed: for requests that bring no seed of their own.
         prefix_caching: reuse the cache of prompts that start alike.
 
-    Raises `ConfigError`, `CheckpointError` or `CacheError`.
+    Raises `ConfigError`, `CheckpointError`, `CacheError`, or `DataError` for a bad tokenizer.
     """
 
     def __init__(
@@ -265,29 +266,9 @@ def _load_tokenizer(tokenizer: Any, directory: Path | None) -> Any:
     where = tokenizer if tokenizer is not None else directory
     if where is None:
         return None
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if tokenizer is None and not any((Path(where) / name).exists() for name in names):
+    if tokenizer is None and not holds_tokenizer(Path(where)):
         return None
-    try:
-        if _names_fast_class(Path(where)):
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(str(where))
-        from transformers import AutoTokenizer  # imports every tokenizer there is: over a second
-
-        return AutoTokenizer.from_pretrained(str(where))
-    except Exception as error:
-        raise ConfigError(f"the tokenizer in {where} cannot be loaded: {error}") from error
-
-
-def _names_fast_class(directory: Path) -> bool:
-    """Whether the directory's tokenizer is the plain fast class, which needs no search."""
-    try:
-        values = json.loads((directory / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    name = values.get("tokenizer_class") if isinstance(values, dict) else None
-    return name == "PreTrainedTokenizerFast" and (directory / "tokenizer.json").is_file()
+    return load_tokenizer(where)
 
 
 def _eos_token_ids(decoder: Decoder, tokenizer: Any, directory: Path | None) -> list[int]:
