@@ -77,7 +77,7 @@ class ConstraintCompiler:
             vocabulary = self._vocabulary()
         matcher = LLMatcher(vocabulary, grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"the output constraint is invalid: {_first_line(matcher)}")
+            raise RequestError(f"the output constraint is invalid: {_cause(matcher)}")
         return Constraint(matcher, self._vocab_size)
 
     def _vocabulary(self) -> LLTokenizer:
@@ -119,5 +119,8 @@ def _literal(text: str) -> str:
     return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/])", r"\\\1", text)
 
 
-def _first_line(matcher: LLMatcher) -> str:
-    return matcher.get_error().strip().split("\n")[0][:300]
+def _cause(matcher: LLMatcher) -> str:
+    """The first line, and the line that says why when a regular expression is at fault."""
+    first, *rest = matcher.get_error().strip().split("\n")
+    why = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
+    return " ".join([first[:200], *why[:1]])

@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import reprlib
 import threading
 from collections.abc import AsyncIterator, Sequence
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from serval.cache.memory import PagedMemory, cache_bytes_per_token
+from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.engine import Engine, EngineStats
 from serval.engine.params import SamplingParams
-from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.request import Delta, Request, RequestOutput
 from serval.errors import ConfigError, RequestError
 from serval.models import checkpoint
@@ -195,7 +197,12 @@ class LLM:
     def encode(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; ids pass through."""
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            try:
+                return [index(token) for token in prompt]
+            except TypeError:
+                raise RequestError(
+                    f"a prompt is a text or a list of token ids, got {_short(prompt)}"
+                ) from None
         if self.tokenizer is None:
             raise RequestError("this engine has no tokenizer: give token ids instead of text")
         try:
@@ -246,8 +253,14 @@ def _check_limits(
 
 
 def _as_batch(prompts: Prompts) -> list[Any]:
+    if not isinstance(prompts, (str, list, tuple)):
+        raise RequestError(f"prompts are a text or a list of prompts, got {_short(prompts)}")
     single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
     return [prompts] if single else list(prompts)
+
+
+def _short(value: Any) -> str:
+    return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def _params_per_prompt(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from serval import LLM, SamplingParams
 from serval.engine.request import RequestOutput
-from serval.errors import CacheError, ConfigError, RequestError
+from serval.errors import CacheError, ConfigError, DataError, RequestError
 from serval.models.batch import PackedBatch
 
 from .helpers import CONFIGS, VOCAB, byte_tokenizer, greedy, tiny_decoder, tiny_llm
@@ -234,6 +236,35 @@ def test_bad_engine_options() -> None:
         LLM(decoder).generate("text")
     with pytest.raises(RequestError, match="2 sampling parameters for 1"):
         LLM(decoder).generate([[1]], [GREEDY, GREEDY])
+
+
+@pytest.mark.parametrize("prompts", [None, 3, {"a": 1}, [1, "a"], [[1, 2.5]], [None]])
+def test_what_is_no_prompt_is_refused(prompts: object) -> None:
+    with pytest.raises(RequestError, match=r"a list of (token ids|prompts), got"):
+        tiny_llm().generate(prompts)  # type: ignore[arg-type]
+
+
+def test_the_decoder_returns_the_rows_whose_logits_are_wanted() -> None:
+    decoder, tokens = tiny_decoder(), torch.arange(1, 8)
+    every = decoder(tokens, PackedBatch.from_lengths([4, 3]))
+    batch = PackedBatch.from_lengths([4, 3])
+    batch.logits_rows = torch.tensor([3, 6])
+    torch.testing.assert_close(decoder(tokens, batch), every[[3, 6]])
+    assert decoder(tokens, batch, pre_norm=True).shape == every.shape
+
+
+def test_a_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Whatever class its config names; a broken one is told of."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    values = json.loads(config.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    config.write_text(json.dumps(values))
+    llm = LLM(tiny_decoder(), tokenizer=tmp_path)
+    assert type(llm.tokenizer).__name__ == type(byte_tokenizer()).__name__
+    assert llm.encode("the cat") == byte_tokenizer()("the cat")["input_ids"]
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        LLM(tiny_decoder(), tokenizer=tmp_path)
 
 
 def test_chat_uses_the_template() -> None:

@@ -203,6 +203,15 @@ def test_invalid_grammars_are_refused(options: dict) -> None:
     assert not llm.engine.requests
 
 
+@pytest.mark.parametrize(
+    ("regex", "why"), [("(unclosed", "unclosed group"), ("(?=x)a", "look-around.*not supported")]
+)
+def test_an_invalid_regex_is_told_why(regex: str, why: str) -> None:
+    with pytest.raises(RequestError, match=why) as caught:
+        tiny_llm().generate([[1]], SamplingParams(regex=regex))
+    assert "\n" not in str(caught.value)
+
+
 def test_hostile_text_is_refused() -> None:
     with pytest.raises(RequestError, match="json_schema is not valid JSON"):
         SamplingParams(json_schema="[" * 100_000)
