@@ -76,8 +76,6 @@ def _role_of(owner: nn.Module, owner_name: str, attribute: str, parameter: nn.Pa
     if attribute in declared:
         return Role(declared[attribute])
     path = owner_name.split(".")
-    if attribute == "e_score_correction_bias":
-        return Role.ROUTER_BIAS
     if path[-1] == "lm_head" and attribute == "weight":
         return Role.HEAD
     if isinstance(owner, nn.Embedding):
