@@ -221,6 +221,14 @@ def build_all() -> list[Path]:
         return list(pool.map(lambda folder: build(folder, arch()), folders))
 
 
+def prepare() -> None:
+    """Build what is missing, unless the references are to serve. A library that cannot be built is
+    told of by the first kernel that needs it."""
+    if os.environ.get("SERVAL_KERNELS") != "reference":
+        with contextlib.suppress(BuildError, OSError):
+            build_all()
+
+
 # -- custom ops ------------------------------------------------------------------------------------
 
 _library = torch.library.Library("serval", "DEF")

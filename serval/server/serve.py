@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serval.errors import ConfigError
+from serval.kernels import jit
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+DTYPES = ("float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -29,7 +31,11 @@ class ServeOptions:
         api_key: keys that open the API; empty: open to everyone who can connect.
         kv: cache layout. max_model_len: context in tokens (None: the model's).
         cache_bytes: size of the KV cache (None: the engine decides).
-        max_sequences: sequences computed together (None: the engine decides).
+        max_sequences: sequences computed together (None: the engine decides); max_batch_tokens:
+            rows of one step (None: the engine decides).
+        block_size: tokens per cache block. prefix_caching: reuse the cache of prompts that start
+            alike. dtype: float32, bfloat16 or float16 (None: the engine decides). seed: for
+            requests that bring none.
         max_in_flight: sequences accepted, running or waiting; more get 429.
         max_body_bytes: larger bodies get 413.
         max_tokens: most tokens of one answer (None: what the context holds).
@@ -47,6 +53,11 @@ class ServeOptions:
     max_model_len: int | None = None
     cache_bytes: int | None = None
     max_sequences: int | None = None
+    max_batch_tokens: int | None = None
+    block_size: int | None = None
+    prefix_caching: bool = True
+    dtype: str | None = None
+    seed: int = 0
     max_in_flight: int = 256
     max_body_bytes: int = 8 * 2**20
     max_tokens: int | None = None
@@ -61,7 +72,17 @@ class ServeOptions:
         if self.log_level not in LOG_LEVELS:
             known = ", ".join(LOG_LEVELS)
             raise ConfigError(f"--log-level must be one of {known}, got {self.log_level!r}")
-        for name in ("max_in_flight", "max_body_bytes", "max_tokens", "max_model_len"):
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name in (
+            "max_in_flight",
+            "max_body_bytes",
+            "max_tokens",
+            "max_model_len",
+            "max_sequences",
+            "max_batch_tokens",
+            "block_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -95,16 +116,12 @@ def build_app(options: ServeOptions) -> FastAPI:
             template = options.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--chat-template {options.chat_template}: {error}") from error
+    jit.prepare()  # all kernels at once on a first start, instead of one after the other in a step
     from serval.server.app import create_app
     from serval.server.engine import EngineBackend
     from serval.server.state import AppOptions
 
-    arguments: dict[str, Any] = {"kv": options.kv, **options.engine}
-    for name in ("max_model_len", "cache_bytes", "max_sequences"):
-        value = getattr(options, name)
-        if value is not None:
-            arguments[name] = value
-    backend = EngineBackend.load(options.model, **arguments)
+    backend = EngineBackend.load(options.model, **engine_arguments(options))
     names = options.served_model_name or [default_name(options.model)]
     app_options = AppOptions(
         model_names=tuple(names),
@@ -115,6 +132,29 @@ def build_app(options: ServeOptions) -> FastAPI:
         chat_template=template,
     )
     return create_app(backend, app_options)
+
+
+def engine_arguments(options: ServeOptions) -> dict[str, Any]:
+    """The keyword arguments of `serval.LLM`; what was not chosen is left to it."""
+    chosen = {
+        name: getattr(options, name)
+        for name in (
+            "kv",
+            "max_model_len",
+            "cache_bytes",
+            "max_sequences",
+            "max_batch_tokens",
+            "block_size",
+            "prefix_caching",
+            "dtype",
+            "seed",
+        )
+    }
+    if options.dtype is not None:
+        import torch
+
+        chosen["dtype"] = getattr(torch, options.dtype)
+    return {name: value for name, value in chosen.items() if value is not None} | options.engine
 
 
 def default_name(model: str) -> str:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from serval.errors import ConfigError, ServalError
+from serval.kernels import jit
 from serval.server.serve import ServeOptions, build_app, default_name, run
 
 PROGRAM = (
@@ -66,6 +67,18 @@ def stream_in_thread(url: str, tokens: int) -> tuple[threading.Thread, list[str]
     thread.start()
     first.wait(30)
     return thread, lines
+
+
+def test_a_start_builds_every_kernel(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[bool] = []
+    monkeypatch.setattr(jit, "build_all", lambda: built.append(True))
+    monkeypatch.delenv("SERVAL_KERNELS", raising=False)
+    options = ServeOptions(str(model_dir), cache_bytes=2**20)
+    build_app(options).state.serval.backend.close()
+    assert built == [True]
+    monkeypatch.setenv("SERVAL_KERNELS", "reference")
+    build_app(options).state.serval.backend.close()
+    assert built == [True]
 
 
 def test_drain_finishes_running_requests(start: Start) -> None:
