@@ -143,6 +143,19 @@ def test_budget() -> None:
     PagedMemory([GQA], "full", cache_bytes=needed, max_model_len=65, block_size=BLOCK)
 
 
+@pytest.mark.parametrize("kv", ["full", "int8"])
+def test_storage_takes_the_bytes_it_announces(kv: str) -> None:
+    memory = memory_for([GQA, GQA], kv)
+    (layout,) = memory.layouts
+    blocks = memory.manager.groups[0].pool.num_blocks
+    per_token = cache_bytes_per_token([GQA, GQA], kv, torch.float32)
+    assert memory.nbytes == layout.nbytes == blocks * BLOCK * per_token
+    stored = sum(tensor.nbytes for tensors in layout.storage for tensor in tensors)
+    assert stored == memory.nbytes
+    codes = torch.int8 if kv == "int8" else torch.float32
+    assert all(tensor.dtype == codes for tensors in layout.storage for tensor in tensors[:2])
+
+
 def test_refusals_name_layout_and_feature() -> None:
     with pytest.raises(CacheError, match=r"int8.*MLA"):
         memory_for([MLA], "int8")
