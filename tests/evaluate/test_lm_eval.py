@@ -9,6 +9,7 @@ pytest.importorskip("lm_eval")
 
 from serval.engine.llm import LLM
 from serval.errors import ConfigError
+from serval.evaluate import EvalOptions, run
 from serval.evaluate.lm_eval_adapter import ServalLM, evaluate_tasks
 from serval.models import checkpoint
 
@@ -117,3 +118,18 @@ def test_chat_template_and_results(pair, monkeypatch):
     assert evaluate_tasks(ours.llm, decoder, tokenizer, ["arc"]) == {"arc": {"acc,none": 0.5}}
     with pytest.raises(ConfigError, match="lm-eval could not run missing"):
         evaluate_tasks(ours.llm, decoder, tokenizer, ["missing"])
+
+
+def test_the_limit_reaches_lm_eval(model, texts, monkeypatch):
+    asked = []
+
+    def fake(model, tasks, limit, log_samples):
+        asked.append((tasks, limit))
+        return {"results": {tasks[0]: {"acc,none": 0.25}}}
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", fake)
+    options = EvalOptions(
+        model, text=str(texts), text_tokens=0, tasks=(), lm_eval=["arc"], lm_eval_limit=7
+    )
+    assert run(options).lm_eval == {"arc": {"acc,none": 0.25}}
+    assert asked == [(["arc"], 7)]

@@ -91,6 +91,34 @@ def test_muon_takes_hidden_matrices_and_says_so_about_expert_stacks() -> None:
     assert "AdamW updates them" in notes[0]
 
 
+def muon_update(weight: torch.Tensor, **options: object) -> torch.Tensor:
+    """What one Muon step with learning rate 1 subtracts from `weight` for a fixed gradient."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    layer.weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    build("muon", layer, OptimizerOptions(lr=1.0, weight_decay=0.0, **options)).step()  # type: ignore[arg-type]
+    return weight - layer.weight.detach()
+
+
+def test_muon_adjust_scales_the_same_direction() -> None:
+    weight = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    original = muon_update(weight, muon_adjust="original")
+    matched = muon_update(weight, muon_adjust="match_rms_adamw")
+    # Tall matrices: sqrt(rows / columns) against 0.2 sqrt(longer side).
+    torch.testing.assert_close(matched / original, torch.full_like(weight, 0.2 * 8 / 2))
+
+
+def test_muon_with_more_steps_is_nearer_to_orthogonal() -> None:
+    weight = torch.zeros(32, 32)
+
+    def spread(steps: int) -> float:
+        values = torch.linalg.svdvals(muon_update(weight, ns_steps=steps, muon_adjust="original"))
+        return float(values.max() / values.min())
+
+    assert spread(9) < 2 < spread(1)
+
+
 def test_unknown_optimizer_lists_the_choices() -> None:
     with pytest.raises(ConfigError, match="unknown optimizer 'sgd'; choose one of: adamw, muon"):
         build("sgd", Decoder(toy_config()), OptimizerOptions())

@@ -42,6 +42,7 @@ def test_counters_follow_requests(server: LiveServer) -> None:
     assert 4 <= gained("serval_inter_token_latency_seconds_count") <= 24
     assert gained("serval_request_duration_seconds_count") == 2
     assert gained("serval_prefix_cache_hit_tokens_total") >= 32
+    assert gained("serval_prefix_cache_query_tokens_total") == 2 * usage["prompt_tokens"]
     assert after["serval_requests_running"] == after["serval_requests_waiting"] == 0
     assert after["serval_cache_usage_ratio"] == 0
     assert "serval_preemptions_total" in after
