@@ -60,7 +60,7 @@ def test_drawn_requests(api: Any, method: str, path: str, mode: Any) -> None:
 
     @given(api[path][method].as_strategy(generation_mode=mode))
     @settings(
-        max_examples=60 if body else 10,
+        max_examples=30 if body else 5,
         deadline=None,
         derandomize=True,
         database=None,
