@@ -29,6 +29,7 @@ EXPORT int probe_fma(int64_t rounds, float* out, int threads) {
   for (int i = 0; i < threads; i++) out[i] = 0;
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     vf acc[12], a = splat(0.999f), b = splat(1e-6f);
+#pragma GCC unroll 12
     for (int i = 0; i < 12; i++) acc[i] = splat((float)i);
     for (int64_t r = 0; r < rounds * (end - begin); r++)
 #pragma GCC unroll 12
@@ -37,6 +38,7 @@ EXPORT int probe_fma(int64_t rounds, float* out, int threads) {
         asm volatile("" : "+x"(acc[i]));
       }
     vf total = {};
+#pragma GCC unroll 12
     for (int i = 0; i < 12; i++) total += acc[i];
     out[begin] = sum(total);
   });
@@ -59,15 +61,20 @@ EXPORT int probe_int8(int64_t rounds, float* out, int threads) {
   for (int i = 0; i < threads; i++) out[i] = 0;
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     wide acc[12], x, y;
-    memset(&x, 1, sizeof x), memset(&y, 2, sizeof y), memset(acc, 0, sizeof acc);
+    memset(&x, 1, sizeof x), memset(&y, 2, sizeof y);
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; i++) acc[i] = wide{};
     for (int64_t r = 0; r < rounds * (end - begin); r++)
 #pragma GCC unroll 12
       for (int i = 0; i < 12; i++) {
         acc[i] = STEP(acc[i], x, y);
-        asm volatile("" : "+x"(acc[i]));
+        asm volatile("" : "+x"(acc[i]), "+x"(x));  // nothing of the step may leave the loop
       }
+    wide total = acc[0];
+#pragma GCC unroll 12
+    for (int i = 1; i < 12; i++) total += acc[i];
     int32_t first;
-    memcpy(&first, &acc[0], 4);
+    memcpy(&first, &total, 4);
     out[begin] = (float)first;
   });
 #endif
