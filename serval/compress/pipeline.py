@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from serval.compress.compressor import Progress
 from serval.compress.registry import COMPRESSORS
@@ -70,6 +71,11 @@ def run(options: CompressOptions, progress: Progress | None = None) -> CompressR
             f"{source} is already quantised; compress the checkpoint it was made from instead"
         )
     report = compressor.compress(decoder, progress)
+    if not report.quantised:
+        raise ConfigError(
+            f"no module of {source} would be quantised: all {len(report.kept)} were kept in float "
+            f"({', '.join(sorted(set(report.kept.values())))}); keep fewer with --set ignore=[...]"
+        )
     has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
     checkpoint.save(decoder, out, tokenizer_dir=source if has_tokenizer else None)
     _copy_beside(source, out)
@@ -85,7 +91,8 @@ def run(options: CompressOptions, progress: Progress | None = None) -> CompressR
 
 
 def make_compressor(name: str, settings: dict[str, Any]) -> Any:
-    """The compressor `name` with its fields set; raises ConfigError naming an unknown one."""
+    """The compressor `name` with its fields set; raises ConfigError naming an unknown field, or
+    one whose value has the wrong type."""
     kind = resolve(COMPRESSORS, name, "compressor")
     known = [f.name for f in fields(kind)]
     for key in settings:
@@ -93,7 +100,14 @@ def make_compressor(name: str, settings: dict[str, Any]) -> Any:
             raise ConfigError(
                 f"compressor {name!r} has no setting {key!r}; it has: {', '.join(known) or 'none'}"
             )
-    return kind(**settings)
+    try:
+        return TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        raise ConfigError(
+            f"setting {key!r} of compressor {name!r}: {wrong['msg']}, got {wrong['input']!r}"
+        ) from error
 
 
 def _check_output(source: Path, out: Path, force: bool) -> None:

@@ -197,3 +197,21 @@ def test_missing_scale_is_named(tmp_path, source):
     save_file(stored, out / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"k_proj\.weight_scale"):
         checkpoint.load(out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"head": "maybe"}, "setting 'head' .*boolean.*'maybe'"),
+        ({"ignore": "lm_head"}, "setting 'ignore' .*tuple.*'lm_head'"),
+        ({"depth": 1}, "no setting 'depth'; it has: head, ignore"),
+        ({"ignore": ["*"]}, "no module of .* would be quantised"),
+    ],
+)
+def test_settings_of_the_wrong_type_or_without_effect_are_refused(
+    tmp_path, source, settings, message
+):
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=message):
+        run(CompressOptions(source, out, settings=settings))
+    assert not out.exists()
