@@ -9,6 +9,8 @@ from rich.table import Table
 
 from serval.registry import Entry
 
+GENERATED = "generated task"
+
 # seam -> (import path of its registry, how it is chosen)
 SEAMS = {
     "checkpoint family": ("serval.models.checkpoint:FAMILIES", "config.json model_type"),
@@ -19,21 +21,31 @@ SEAMS = {
     "schedule": ("serval.optim:SCHEDULES", "recipe schedule.name"),
     "weights": ("serval.compress:COMPRESSORS", "compress --weights"),
     "quantised format": ("serval.models.checkpoint:QUANTIZERS", "config.json quantization_config"),
+    GENERATED: ("serval.data.synthetic:TRAINING_TASKS", "eval --tasks, recipe data.tasks"),
     "benchmark": ("serval.bench:BENCHES", "bench NAME"),
 }
 
 
 def registries() -> dict[str, Mapping[str, Entry]]:
-    """Every seam's registry by the seam's name."""
-    return {seam: Entry(path, "").load() for seam, (path, _) in SEAMS.items()}
+    """Every seam's registry by the seam's name; a generated task is described by its function."""
+    found = {seam: Entry(path, "").load() for seam, (path, _) in SEAMS.items()}
+    tasks = {}
+    for name, task in found[GENERATED].items():
+        summary = " ".join((task.make.__doc__ or "").split()).partition(". ")[0].rstrip(".")
+        tasks[name] = Entry(f"{task.make.__module__}:{task.make.__name__}", summary)
+    return {**found, GENERATED: tasks}
 
 
 def print_methods() -> None:
-    table = Table("seam", "name", "what it does", "paper", "chosen by")
+    """Print every method. Names and paper ids are never cut: they are what one types."""
+    console = Console()
     for seam, registry in registries().items():
-        for i, (name, entry) in enumerate(registry.items()):
-            first = i == 0
-            chosen = SEAMS[seam][1] if first else ""
-            table.add_row(seam if first else "", name, entry.summary, entry.paper, chosen)
-        table.add_section()
-    Console().print(table)
+        console.print(f"[bold]{seam}[/bold], chosen by {SEAMS[seam][1]}")
+        table = Table.grid(padding=(0, 2), pad_edge=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold", ratio=1)
+        table.add_column(no_wrap=True)
+        for name, entry in registry.items():
+            paper = f"arXiv {entry.paper}" if entry.paper else ""
+            table.add_row(f"  {name}", entry.summary, paper)
+        console.print(table)

@@ -16,7 +16,8 @@ from serval.errors import ConfigError
 
 @dataclass(frozen=True)
 class Entry:
-    """One method: where it lives ("module:attribute"), one line about it, and its source."""
+    """One method: where it lives ("module:attribute"), one line about it, and the arXiv id of its
+    paper, as plain digits."""
 
     target: str
     summary: str

@@ -109,10 +109,12 @@ def needles(rng: Random, filler: Filler, length: int, count: int) -> Sample:
 
 
 def needle(rng: Random, filler: Filler, length: int) -> Sample:
+    """One sentence with a code, hidden in real text."""
     return needles(rng, filler, length, 1)
 
 
 def multi_needle(rng: Random, filler: Filler, length: int) -> Sample:
+    """Two to eight sentences with a code each, hidden in real text; each query asks for one."""
     return needles(rng, filler, length, max(2, min(8, length // 64)))
 
 

@@ -186,11 +186,11 @@ def build_muon(
 
 
 OPTIMIZERS: dict[str, Entry] = {
-    "adamw": Entry("serval.optim.builder:build_adamw", "AdamW everywhere", "arXiv:1711.05101"),
+    "adamw": Entry("serval.optim.builder:build_adamw", "AdamW everywhere", "1711.05101"),
     "muon": Entry(
         "serval.optim.builder:build_muon",
         "Muon on hidden matrices, AdamW on the rest",
-        "https://kellerjordan.github.io/posts/muon/",
+        "2502.16982",
     ),
 }
 

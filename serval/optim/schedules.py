@@ -77,10 +77,10 @@ SCHEDULES: dict[str, Entry] = {
     "wsd": Entry(
         "serval.optim.schedules:WarmupStableDecay",
         "linear warm-up, constant, linear decay at the end",
-        "arXiv:2404.06395",
+        "2404.06395",
     ),
     "cosine": Entry(
-        "serval.optim.schedules:Cosine", "linear warm-up, then cosine decay", "arXiv:1608.03983"
+        "serval.optim.schedules:Cosine", "linear warm-up, then cosine decay", "1608.03983"
     ),
     "constant": Entry("serval.optim.schedules:Constant", "linear warm-up, then constant"),
 }

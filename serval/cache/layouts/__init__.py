@@ -11,7 +11,7 @@ LAYOUTS: dict[str, Entry] = {
     "full": Entry(
         "serval.cache.layouts.full:FullLayout",
         "keys, values and latents as the model computes them",
-        "PagedAttention (arXiv 2309.06180)",
+        "2309.06180",
     ),
     "int8": Entry(
         "serval.cache.layouts.int8:Int8Layout",
