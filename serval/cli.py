@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from serval import __version__, arguments
 from serval.errors import ServalError
 
 app = typer.Typer(
@@ -23,6 +24,12 @@ Model = Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"serval {__version__}")
+        raise typer.Exit
+
+
 def main() -> None:
     """Entry point: errors meant for the user become one line on stderr and exit code 2."""
     try:
@@ -30,6 +37,15 @@ def main() -> None:
     except ServalError as error:
         print(f"serval: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """Train, compress, evaluate and serve long-context language models."""
 
 
 @app.command()
@@ -79,9 +95,16 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="Held-out text: a folder, file or JSONL (default: stdlib).")
     ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
     text_tokens: Annotated[
         int, typer.Option(help="Tokens scored for perplexity; 0: none.")
     ] = 32768,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of one window of text (default: up to 2048).")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens scored per window, overlapping (default: all).")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Retrieval tasks, comma-separated; '' for none.")
     ] = None,
@@ -89,11 +112,15 @@ def evaluate(
         str | None, typer.Option(help="Context lengths in tokens, comma-separated.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Questions per length and depth band.")] = 4,
+    depths: Annotated[int, typer.Option(help="Depth bands of each length.")] = 5,
     reference: Annotated[
         str | None, typer.Option(help="Model to compare next-token predictions with.")
     ] = None,
     lm_eval: Annotated[
         str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated.")
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None, typer.Option(help="Questions of each lm-eval task (default: all).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for result.json and plots.")] = None,
     json_path: Json = None,
@@ -103,16 +130,21 @@ def evaluate(
     from serval.evaluate import EvalOptions, report, run
     from serval.evaluate.progress import progress_bar
 
-    chosen = {} if tasks is None else {"tasks": _names(tasks)}
+    chosen = {} if tasks is None else {"tasks": arguments.names(tasks)}
     options = EvalOptions(
         model,
         kv=kv,
         text=text,
+        text_field=text_field,
         text_tokens=text_tokens,
-        lengths=None if lengths is None else [int(n) for n in _names(lengths)],
+        window=window,
+        stride=stride,
+        lengths=None if lengths is None else arguments.integers("--lengths", lengths),
         samples=samples,
+        depths=depths,
         reference=reference,
-        lm_eval=_names(lm_eval or ""),
+        lm_eval=arguments.names(lm_eval or ""),
+        lm_eval_limit=lm_eval_limit,
         seed=seed,
         **chosen,  # type: ignore[arg-type]
     )
@@ -142,7 +174,8 @@ def compress(
     from serval.evaluate.progress import progress_bar
     from serval.evaluate.report import write_json
 
-    options = CompressOptions(model, out, weights, _settings(settings or []), force)
+    chosen = arguments.settings("--set", settings or [])
+    options = CompressOptions(model, out, weights, chosen, force)
     with progress_bar(Console(stderr=True)) as progress:
         result = run(options, lambda done, total, name: progress("compressing", done, total))
     saved = result.bytes_before / result.bytes_after
@@ -172,6 +205,15 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     cache_bytes: Annotated[int | None, typer.Option(help="Size of the KV cache.")] = None,
     max_sequences: Annotated[int | None, typer.Option(help="Sequences computed together.")] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Rows of one step, at least --max-sequences.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per cache block.")] = None,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse the cache of prompts that start alike.")
+    ] = True,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    seed: Annotated[int, typer.Option(help="For requests that bring no seed.")] = 0,
     max_in_flight: Annotated[
         int, typer.Option(help="Sequences running or waiting; more get 429.")
     ] = 256,
@@ -196,6 +238,11 @@ def serve(
         max_model_len=max_model_len,
         cache_bytes=cache_bytes,
         max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        block_size=block_size,
+        prefix_caching=prefix_caching,
+        dtype=dtype,
+        seed=seed,
         max_in_flight=max_in_flight,
         max_body_bytes=max_body_bytes,
         max_tokens=max_tokens,
@@ -239,25 +286,6 @@ def generate(
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     print(LLM(model, kv=kv).generate(prompt, params)[0].outputs[0].text)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _settings(pairs: list[str]) -> dict[str, object]:
-    """`key=value` strings to a dict, values written as in YAML."""
-    import yaml
-
-    from serval.errors import ConfigError
-
-    found: dict[str, object] = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise ConfigError(f"--set takes key=value, got {pair!r}")
-        found[key.strip()] = yaml.safe_load(value)
-    return found
 
 
 if __name__ == "__main__":

@@ -167,5 +167,8 @@ def _read(file: Path) -> str:
 def _field(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{where}: no text field {field!r} (found: {keys}); set data.field")
+        raise DataError(
+            f"{where}: no text field {field!r} (found: {keys}); name it with data.field, or with "
+            "--text-field of `serval eval`"
+        )
     return row[field]

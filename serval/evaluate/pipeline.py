@@ -31,17 +31,21 @@ SHORTEST = 256  # tokens of the shortest default context
 class EvalOptions:
     """What to measure.
 
-    model: directory or hub name. kv: cache layout; text and tasks both pass through it. text: see
-    `evaluation_texts`. text_tokens: how many are scored (0: no perplexity). window: of the text, in
-    tokens (None: the context, at most 2048); stride: see `perplexity`. tasks: names of generated
-    tasks (empty: none); lengths: their contexts in tokens (None: from 256 up to the model's
-    context, doubling); samples per length and depth band. reference: a model to compare predictions
-    with, run with a full cache. lm_eval: task names of lm-evaluation-harness.
+    model: directory or hub name. kv: cache layout; text and tasks both pass through it. text,
+    text_field: see `evaluation_texts`. text_tokens: how many are scored (0: no perplexity). window:
+    of the text, in tokens (None: the context, at most 2048); stride: see `perplexity`. tasks: names
+    of generated tasks (empty: none); lengths: their contexts in tokens (None: from 256 up to the
+    model's context, doubling); samples per length and depth band. reference: a model to compare
+    predictions on the text with, run with a full cache. lm_eval: task names of
+    lm-evaluation-harness; lm_eval_limit: questions of each (None: all).
+
+    Raises ConfigError for a value out of range, and when nothing would be measured.
     """
 
     model: str | Path
     kv: str = "full"
     text: str | None = None
+    text_field: str = "text"
     text_tokens: int = 32768
     window: int | None = None
     stride: int | None = None
@@ -53,6 +57,18 @@ class EvalOptions:
     lm_eval: Sequence[str] = ()
     lm_eval_limit: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"text_tokens": 0, "window": 2, "stride": 1, "samples": 1, "depths": 1}
+        for name, bound in {**least, "lm_eval_limit": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} must be at least {bound}, got {value}")
+        if not self.text_tokens and self.reference is not None:
+            raise ConfigError("--reference is compared on the text; give --text-tokens above 0")
+        if not (self.text_tokens or self.tasks or self.lm_eval):
+            raise ConfigError("nothing to measure: give --text-tokens, --tasks or --lm-eval")
 
 
 @dataclass
@@ -99,7 +115,7 @@ class Evaluator:
         self.window = min(options.window or 2048, self.context)
         self.texts: list[str] = []
         if options.text_tokens or options.tasks:
-            self.texts = evaluation_texts(options.text, directory)
+            self.texts = evaluation_texts(options.text, directory, field=options.text_field)
         self.windows: list[perplexity.Window] = []
         if options.text_tokens:
             texts = list(self.texts)
