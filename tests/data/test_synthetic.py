@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from serval.data.chat import ChatDocuments
-from serval.data.synthetic import TASKS, Filler, make_sample, training_document, variables
+from serval.data.synthetic import (
+    TASKS,
+    TRAINING_TASKS,
+    Filler,
+    Sample,
+    make_sample,
+    needle,
+    training_document,
+    variables,
+)
 from serval.errors import ConfigError
 
 TEXT = "import os\n\ndef walk(top):\n    for name in os.listdir(top):\n        yield name\n" * 40
@@ -51,6 +61,19 @@ def test_training_document_weighs_answers_only_as_asked(tokenizer, task, length,
     tokens, weights = training_document(task, Random(seed), make_filler(tokenizer), length, 3.0)
     assert len(tokens) == len(weights) <= length
     assert set(weights) <= {0.0, 1.0, 3.0}
+
+
+def test_a_task_says_how_much_of_a_document_is_context(tokenizer, monkeypatch) -> None:
+    asked: list[int] = []
+
+    def make(rng: Random, filler: Filler, length: int) -> Sample:
+        asked.append(length)
+        return needle(rng, filler, length)
+
+    halves = replace(TASKS["needle"], make=make, context_share=(0.5, 0.5))
+    monkeypatch.setitem(TRAINING_TASKS, "halves", halves)
+    training_document("halves", Random(0), make_filler(tokenizer), 400)
+    assert asked == [200]
 
 
 def test_variable_chains_follow_the_assignments(tokenizer) -> None:
