@@ -31,6 +31,7 @@ class Corpus:
         return len(self.starts) - 1
 
     def document(self, index: int) -> np.ndarray:
+        """Tokens [length] of one document, a view in the corpus's dtype, its end token included."""
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
     @classmethod
