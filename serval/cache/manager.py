@@ -237,9 +237,10 @@ class CacheManager:
         del cache.keys[num_tokens // self.block_size :]  # other tokens may follow
 
     def reset(self, cache: SequenceCache) -> None:
-        """Give back every block of a sequence whose tokens stay the same and will be computed
-        again."""
+        """Give back every block of a sequence that will be computed again; other tokens may
+        follow."""
         self._release_after(cache, 0)
+        cache.keys.clear()
 
     def free(self, cache: SequenceCache) -> None:
         """Give back every block. The sequence must not be used again; freeing twice is an error."""
