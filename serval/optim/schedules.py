@@ -7,6 +7,7 @@ Each returns a multiplier in [0, 1] of the base learning rate for optimizer step
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from serval.errors import ConfigError
@@ -14,7 +15,7 @@ from serval.registry import Entry
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(ABC):
     """Fields shared by all schedules.
 
     total_steps: optimizer steps of the whole run. warmup_steps: length of the linear warm-up.
@@ -39,9 +40,9 @@ class Schedule:
             return (step + 1) / self.warmup_steps
         return self.after_warmup(step)
 
+    @abstractmethod
     def after_warmup(self, step: int) -> float:
         """Return the multiplier of a step that lies after the warm-up."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
