@@ -3,13 +3,13 @@
 normal: everything from normal(0, initializer_range), as `Decoder` does by itself.
 
 mimetic (arXiv 2305.09828, "Mimetic Initialization of Self-Attention Layers"): products of
-attention matrices start near the identity, as they end up in trained models. Here, for grouped-
-query attention of head width d over hidden size D: W_k, W_v ~ normal(0, 1/D); the first query
-head of each group starts equal to its key head, so that it attends to equal tokens; the output
-slice of every head is W_v^T / 2, so that what is attended to is copied. Small models then learn
-to retrieve from their context sooner. The paper's convex mix
-with noise is left out: the random projections bring their own. Layers without such heads (MLA)
-keep the normal draw.
+attention matrices start near the identity, as they end up in trained models. Here, for
+grouped-query attention of head width d over hidden size D: W_k, W_v ~ normal(0, 1/D); the first
+query head of each group starts equal to its key head, so that it attends to equal tokens; the
+output slice of every head is W_v^T / 2, so that what is attended to is copied. Meant for small
+models that should learn to retrieve from their context in few steps; its effect here was not
+separated from other changes. The paper's convex mix with noise is left out: the random
+projections bring their own. Layers without such heads (MLA) keep the normal draw.
 """
 
 from __future__ import annotations
