@@ -202,13 +202,16 @@ class CacheManager:
         if not self.prefix_caching:
             return 0
         limit = (len(tokens) - 1) // self.block_size
-        self._extend_keys(cache, tokens, limit)
         hits = 0
-        while hits < limit and all(
-            group.pool.find((index, cache.keys[hits])) is not None
-            for index, group in enumerate(self.groups)
-        ):
+        while hits < limit:
+            self._extend_keys(cache, tokens, hits + 1)
+            if any(
+                group.pool.find((index, cache.keys[hits])) is None
+                for index, group in enumerate(self.groups)
+            ):
+                break
             hits += 1
+        del cache.keys[hits:]  # what is stored next need not be these tokens
         for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
             for key in cache.keys[:hits]:
                 block = group.pool.find((index, key))

@@ -155,6 +155,17 @@ def test_prefix_survives_its_owner_and_leaves_one_token() -> None:
     assert manager.match_prefix(manager.create(), np.arange(1, 9)) == 0
 
 
+def test_a_failed_lookup_leaves_no_key_behind() -> None:
+    manager = one_pool()
+    cache = manager.create()
+    manager.match_prefix(cache, np.array([1, 2, 3, 4, 5]))
+    other = np.array([6, 6, 6, 6, 6])
+    manager.append(cache, 5)
+    manager.commit(cache, other)
+    assert manager.match_prefix(manager.create(), np.array([1, 2, 3, 4, 5])) == 0
+    assert manager.match_prefix(manager.create(), other) == SIZE
+
+
 def test_same_block_after_another_prefix_is_another_block() -> None:
     manager = one_pool()
     manager.free(filled(manager, np.array([1, 1, 1, 1, 2, 2, 2, 2, 3])))
