@@ -89,7 +89,8 @@ class Bench:
         """The running worker of `spec`, with room for `batch` sequences of `length` tokens."""
         arguments = {"shape": self.shape, **spec.arguments}
         estimate = spec.estimate(self.config, batch, length)
-        return self.pool.get(spec.worker, spec.target, arguments, estimate)
+        name = f"{spec.worker}, {self.shape}"
+        return self.pool.get(name, spec.target, arguments, estimate)
 
     def contestant(
         self,

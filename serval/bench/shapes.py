@@ -7,6 +7,7 @@ numbers: a model of a billion parameters is ready in seconds. Quality is never m
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,11 @@ TINY = ModelConfig(  # what --quick runs; llama.cpp's Q8_0 needs rows of a multi
     tie_word_embeddings=True,
 )
 
-SHAPES: dict[str, ModelConfig] = {"llama-1b": LLAMA_1B, "tiny": TINY}
+SHAPES: dict[str, ModelConfig] = {
+    "llama-1b": LLAMA_1B,
+    "llama-1b-4of16layers": replace(LLAMA_1B, num_hidden_layers=4),
+    "tiny": TINY,
+}
 
 
 def cache_directory() -> Path:
