@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint format bench clean
+.PHONY: setup quickstart test explore lint format bench clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,9 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+explore: setup
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
