@@ -18,7 +18,7 @@ from serval.models.feedforward import GatedMLP, gated_activation
 
 
 class Router(nn.Module):
-    """Choose the top-k experts of each token; always computed in float32.
+    """Choose the top-k experts of each token; computed in float32, in float64 for such input.
 
     The selection bias (arXiv 2408.15664) only selects, it never enters the weights. Group-limited
     selection (DeepSeek-V3, arXiv 2412.19437): a group's score is the sum of its two best biased
@@ -45,11 +45,12 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [T, D] -> (weights [T, k] float32, expert indices [T, k] int64)."""
+        """x: [T, D] -> (weights [T, k] float32 or float64, experts int64 [T, k])."""
         moe = self.moe
         with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            logits = F.linear(x.float(), self.weight.float(), bias)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            bias = None if self.bias is None else self.bias.to(wide)
+            logits = F.linear(x.to(wide), self.weight.to(wide), bias)
             if moe.scoring == "softmax_topk":
                 top, chosen = logits.topk(moe.top_k, dim=-1)
                 return top.softmax(dim=-1) * moe.routed_scaling_factor, chosen
