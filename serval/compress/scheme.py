@@ -78,7 +78,9 @@ class QuantizedWeight:
     codes: int8 [N, K]. scales: float32 [N, G], G = 1 or K / group_size. scale_dtype: in which dtype
     a checkpoint stores the scales. integer, row_factor: int16 [N, G] and float32 [N] whose product
     is what is multiplied by when `scheme.scales` is "integer" (then `scales` is that product).
-    input_scale: of static activations.
+    input_scale: of static activations. Read from checkpoints made elsewhere only: zero_points int8
+    [N, G], w = (q - z) s; order int64 [K], input order[j] belongs to column j of the codes, for
+    groups that are not runs of consecutive inputs.
     """
 
     codes: Tensor
@@ -88,13 +90,20 @@ class QuantizedWeight:
     integer: Tensor | None = None
     row_factor: Tensor | None = None
     input_scale: float | None = None
+    zero_points: Tensor | None = None
+    order: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """float32 [N, K]."""
         n, k = self.codes.shape
         groups = self.scales.shape[1]
-        values = self.codes.view(n, groups, k // groups).float() * self.scales.unsqueeze(-1)
-        return values.view(n, k)
+        values = self.codes.view(n, groups, k // groups).float()
+        if self.zero_points is not None:
+            values -= self.zero_points.float().unsqueeze(-1)
+        values = (values * self.scales.unsqueeze(-1)).view(n, k)
+        if self.order is None:
+            return values
+        return torch.empty_like(values).index_copy_(1, self.order, values)
 
 
 def quantize(
