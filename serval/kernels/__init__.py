@@ -18,22 +18,42 @@ from serval.kernels.int8_linear import (
 from serval.kernels.latent_attention import paged_latent_attention
 from serval.kernels.norm import add_rms_norm, rms_norm
 from serval.kernels.rope import rotary
+from serval.kernels.w4a8 import (
+    PackedWeight,
+    empty_packed_weight,
+    pack_weight,
+    quantized_embedding,
+    quantized_grouped_linear,
+    quantized_linear,
+    quantized_linear_multi,
+    stack_weights,
+    unpack_weight,
+)
 
 __all__ = [
     "PackedInt8",
+    "PackedWeight",
     "add_rms_norm",
+    "empty_packed_weight",
     "grouped_linear",
     "int8_linear",
     "int8_linear_multi",
     "linear",
     "pack_int8_weight",
+    "pack_weight",
     "paged_attention",
     "paged_attention_int8",
     "paged_latent_attention",
+    "quantized_embedding",
+    "quantized_grouped_linear",
+    "quantized_linear",
+    "quantized_linear_multi",
     "rms_norm",
     "rotary",
+    "stack_weights",
     "swiglu",
     "unpack_int8_weight",
+    "unpack_weight",
     "write_cache",
     "write_cache_int8",
 ]
