@@ -11,3 +11,11 @@ COMPRESSORS: dict[str, Entry] = {
         "2208.07339",
     ),
 }
+
+# Methods that go block by block, with or without calibration: `serval.compress.recipe.Recipe`.
+RECIPES: dict[str, Entry] = {
+    "rtn": Entry("serval.compress.rtn:RoundToNearest", "each weight to the nearest code"),
+}
+
+# Changes of basis before the first block: `serval.compress.recipe.Rotation`.
+ROTATIONS: dict[str, Entry] = {}
