@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from serval.compress.experts import take_experts_apart
+from serval.compress.expert_views import take_experts_apart
 from serval.compress.scheme import WeightScheme
 from serval.compress.sites import InputSite, input_sites
 from serval.compress.statistics import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from serval.compress.block import Block, find_block
-from serval.compress.experts import put_experts_together
+from serval.compress.expert_views import put_experts_together
 from serval.compress.registry import RECIPES
 from serval.compress.scheme import WeightScheme
 from serval.compress.statistics import MAX_ROWS, InputStatistics

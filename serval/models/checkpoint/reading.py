@@ -39,10 +39,48 @@ def load(
     CheckpointError naming a tensor that is missing, unexpected, misshapen, of an unusable dtype or
     (`check_finite`) holds NaN or infinity.
     """
-    directory = locate(path_or_name)
-    target = torch.device(device if device is not None else "cpu")
-    if dtype is None:
-        dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+    with OpenCheckpoint(path_or_name, dtype, device, check_finite=check_finite) as opened:
+        opened.fill()
+    return opened.decoder.eval()
+
+
+class OpenCheckpoint:
+    """A checkpoint whose decoder is filled part by part, for work that needs one block at a time.
+
+    decoder: on the meta device until `fill` has reached a part. Arguments and errors as `load`;
+    names and shapes of all tensors are checked when it is opened. A context manager: it holds the
+    files open.
+    """
+
+    def __init__(
+        self,
+        path_or_name: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        check_finite: bool = True,
+    ) -> None:
+        self.directory = locate(path_or_name)
+        target = torch.device(device if device is not None else "cpu")
+        if dtype is None:
+            dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+        self.family, self.decoder, self.stored = _open(self.directory)
+        self._filler = _Filler(self.decoder, self.family, self.stored, dtype, target, check_finite)
+
+    def fill(self, path: str = "", dtype: torch.dtype | None = None) -> None:
+        """Read what lies in the decoder's module `path` ("": everything). dtype: of its parameters
+        instead of the one given on opening."""
+        self._filler.fill(path, dtype)
+
+    def __enter__(self) -> OpenCheckpoint:
+        self._filler.open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._filler.close()
+
+
+def _open(directory: Path) -> tuple[Family, Decoder, dict[str, StoredTensor]]:
     values = read_json(directory / "config.json")
     family, config = _read_config(directory, values)
     stored = list_tensors(directory)
@@ -55,8 +93,7 @@ def load(
     decoder = empty_decoder(config)
     if values.get("quantization_config"):
         _prepare_quantized(decoder, family, values["quantization_config"])
-    _Filler(decoder, family, stored, dtype, target, check_finite).fill()
-    return decoder.eval()
+    return family, decoder, stored
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -122,27 +159,34 @@ class _Filler:
         self.config = decoder.config
         self.dtype, self.device, self.check_finite = dtype, device, check_finite
         self.descriptors: dict[Path, int] = {}
-
-    def fill(self) -> None:
-        quantized: dict[str, CheckpointModule] = {}  # outermost ones: a stack of experts is one
-        for name, module in self.decoder.named_modules():
-            nested = any(name.startswith(f"{outer}.") for outer in quantized)
+        self.files = ExitStack()
+        self.quantized: dict[str, CheckpointModule] = {}  # outermost: a stack of experts is one
+        for name, module in decoder.named_modules():
+            nested = any(name.startswith(f"{outer}.") for outer in self.quantized)
             if isinstance(module, CheckpointModule) and not nested:
-                quantized[name] = module
-        plain = [
+                self.quantized[name] = module
+        self.plain = [
             (name, owner, leaf)
-            for name, owner, leaf in _tensors_of(self.decoder)
-            if not any(name.startswith(prefix + ".") for prefix in quantized)
+            for name, owner, leaf in _tensors_of(decoder)
+            if not any(name.startswith(prefix + ".") for prefix in self.quantized)
         ]
-        expected = self._check_names(plain, quantized)
-        with ExitStack() as stack:
-            for path in sorted({self.stored[name].path for name in expected}):
-                descriptor = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, descriptor)
-                self.descriptors[path] = descriptor
-            for name, owner, leaf in plain:
-                self._fill_tensor(name, owner, leaf)
-            for name, module in quantized.items():
+        self.expected = self._check_names(self.plain, self.quantized)
+
+    def open(self) -> None:
+        for path in sorted({self.stored[name].path for name in self.expected}):
+            self.descriptors[path] = os.open(path, os.O_RDONLY)
+            self.files.callback(os.close, self.descriptors[path])
+
+    def close(self) -> None:
+        self.files.close()
+
+    def fill(self, path: str, dtype: torch.dtype | None) -> None:
+        dtype = dtype or self.dtype
+        for name, owner, leaf in self.plain:
+            if _inside(name, path):
+                self._fill_tensor(name, owner, leaf, dtype)
+        for name, module in self.quantized.items():
+            if _inside(name, path):
                 self._fill_module(name, module)
 
     def _check_names(
@@ -186,10 +230,10 @@ class _Filler:
         paths = {stored.path for stored in self.stored.values()}
         return str(next(iter(paths)) if len(paths) == 1 else next(iter(paths)).parent)
 
-    def _fill_tensor(self, name: str, owner: nn.Module, leaf: str) -> None:
+    def _fill_tensor(self, name: str, owner: nn.Module, leaf: str, dtype: torch.dtype) -> None:
         old = getattr(owner, leaf)
         is_parameter = isinstance(old, nn.Parameter)
-        dtype = self.dtype if is_parameter and old.is_floating_point() else old.dtype
+        dtype = dtype if is_parameter and old.is_floating_point() else old.dtype
         new = torch.empty(old.shape, dtype=dtype, device=self.device)
         for piece in self.family.pieces(name, new, self.config):
             self._read(piece)
@@ -236,6 +280,10 @@ def _tensors_of(decoder: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         ]
         for leaf in leaves:
             yield (f"{prefix}.{leaf}" if prefix else leaf), module, leaf
+
+
+def _inside(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
 
 
 def _several(what: str, names: list[str], where: str) -> str:
