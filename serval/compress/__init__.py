@@ -4,8 +4,9 @@
 
 A compressor (`COMPRESSORS`, one file per method) is a dataclass whose fields are the method's
 parameters; see `Compressor` for what it implements. `targets.py` knows which modules of a decoder
-may be replaced and how they are called in a checkpoint, `export.py` translates to and from
-compressed-tensors' `quantization_config`, `pipeline.py` is the `serval compress` command.
+may be replaced and how they are called in a checkpoint, `install.py` puts quantised modules
+(`modules.py`, `expert_stack.py`) in their place, `storage.py` and `compressed_tensors.py` translate
+to and from compressed-tensors' files, `pipeline.py` is the `serval compress` command.
 """
 
 from __future__ import annotations

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import nn
-
-from serval.compress.targets import Target
 from serval.models.decoder import Decoder
 
 Progress = Callable[[int, int, str], None]  # modules done, modules in all, the one at work
@@ -32,19 +29,4 @@ class Compressor(Protocol):
     def compress(self, decoder: Decoder, progress: Progress | None = None) -> CompressionReport:
         """Replace modules of `decoder` in place, one at a time, and set its
         `quantization_config`. Raises CheckpointError naming a weight that is not finite."""
-        ...
-
-    @staticmethod
-    def reads(group: dict[str, Any]) -> bool:
-        """Whether a compressed-tensors config group describes this method's storage."""
-        ...
-
-    @staticmethod
-    def empty(target: Target) -> nn.Module:
-        """A module for `target` without values, ready for `load_checkpoint_tensors`."""
-        ...
-
-    @staticmethod
-    def install(decoder: Decoder, target: Target, module: nn.Module) -> None:
-        """Put `module` in the place of `target`."""
         ...

@@ -12,29 +12,27 @@ routers, MLA's kv_b_proj (the cache multiplies by it), biases, and by default em
 
 `head=True` also quantises the output head, which decoding one sequence reads whole for each token.
 If it is tied, the shared table becomes int8 for both uses. Such a checkpoint loads in Serval;
-transformers does not load a quantised tied table, nor (as of 5.17) the experts of any
-compressed-tensors checkpoint.
+transformers does not load a quantised tied table, nor (as of 5.17) the experts of an int-quantized
+checkpoint.
 """
 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
+from torch import Tensor
 
+from serval.compress.compressed_tensors import quantization_config_of
 from serval.compress.compressor import CompressionReport, Progress
-from serval.compress.export import int8_group, quantization_config
-from serval.compress.int8_modules import (
-    DequantizedLinear,
-    Int8Embedding,
-    Int8Experts,
-    Int8Linear,
-    TiedInt8Head,
-)
-from serval.compress.targets import WHY_KEPT, Target, replace, stores_experts_apart, targets
+from serval.compress.install import install
+from serval.compress.scheme import WeightScheme, quantize, require_finite
+from serval.compress.targets import WHY_KEPT, Target, stores_experts_apart, targets
 from serval.models.decoder import Decoder
+from serval.models.moe import Experts
+
+SCHEME = WeightScheme(bits=8)
 
 
 @dataclass
@@ -56,24 +54,11 @@ class Int8:
             if why is not None:
                 report.kept[target.name] = why
                 continue
-            module = _MODULES[target.kind].quantize(target.module, target.name)
-            self.install(decoder, target, module)
+            install(decoder, target, [quantize(w, SCHEME, w.dtype) for w in _matrices(target)])
             report.quantised.append(target.name)
         if progress is not None:
             progress(len(found), len(found), "")
-        tables = [t.name for t in found if t.kind == "embedding" and t.name in report.quantised]
-        kept = [
-            name
-            for t in found
-            if t.kind != "embedding" and t.name in report.kept
-            for name in t.checkpoint_modules()
-        ]
-        groups = [int8_group(["Linear"])]
-        if tables:
-            groups.append(int8_group(tables, activations=False))
-        if decoder.config.tie_word_embeddings:
-            kept.append("lm_head")  # transformers makes one: the table a second time
-        decoder.quantization_config = quantization_config(groups, ignore=kept)
+        decoder.quantization_config = quantization_config_of(decoder)
         return report
 
     def _reason_to_keep(self, target: Target, decoder: Decoder, experts_apart: bool) -> str | None:
@@ -88,29 +73,19 @@ class Int8:
             return "embedding table, tied to the output head (choose it with head=True)"
         return WHY_KEPT.get(target.kind)
 
-    @staticmethod
-    def reads(group: dict[str, Any]) -> bool:
-        weights = group.get("weights") or {}
-        wanted = int8_group([])["weights"]
-        return all(weights.get(key) == wanted[key] for key in _DEFINING)
 
-    @staticmethod
-    def empty(target: Target) -> nn.Module:
-        return _MODULES[target.kind].like(target.module)
-
-    @staticmethod
-    def install(decoder: Decoder, target: Target, module: nn.Module) -> None:
-        replace(decoder, target.path, module)
-        if isinstance(module, Int8Embedding) and decoder.config.tie_word_embeddings:
-            setattr(decoder, "lm_head", TiedInt8Head(module))  # noqa: B010 not an nn.Linear
-
-
-_DEFINING = ("num_bits", "type", "symmetric", "strategy", "dynamic")
-
-_MODULES: dict[str, Any] = {
-    "linear": Int8Linear,
-    "head": Int8Linear,
-    "embedding": Int8Embedding,
-    "experts": Int8Experts,
-    "latent": DequantizedLinear,
-}
+def _matrices(target: Target) -> Iterator[Tensor]:
+    """The float matrices of a target, one for each of its checkpoint modules."""
+    module = target.module
+    if not isinstance(module, Experts):
+        weights = [module.weight]
+    else:
+        weights = [
+            weight
+            for gate_up, down in zip(module.gate_up_proj, module.down_proj, strict=True)
+            for weight in (*gate_up.chunk(2), down)
+        ]
+    for name, weight in zip(target.checkpoint_modules(), weights, strict=True):
+        assert isinstance(weight, Tensor)
+        require_finite(weight, f"{name}.weight")
+        yield weight

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from serval.errors import ConfigError
+from serval.errors import CheckpointError, ConfigError
 
 Activations = Literal["token", "static", "none"]
 Scales = Literal["float", "integer"]
@@ -104,6 +104,14 @@ class QuantizedWeight:
         if self.order is None:
             return values
         return torch.empty_like(values).index_copy_(1, self.order, values)
+
+
+def require_finite(weight: Tensor, name: str) -> None:
+    """Raises CheckpointError naming `name` when a weight holds NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise CheckpointError(
+            f"weight {name!r} holds NaN or infinity and cannot be quantised; repair or retrain it"
+        )
 
 
 def quantize(

@@ -8,7 +8,7 @@ Per linear of weight [N, K] with G scales per output channel:
                      weight_shape    int64 [2] = (N, K)
     both             weight_scale    floating [N, G]
                      input_scale     floating [1], static activations only
-                     weight_zero_point  int8 [N, G], packed along N in pack-quantized; asymmetric only
+                     weight_zero_point  int8 [N, G], packed along N in pack-quantized
                      weight_g_idx    int32 [K], group of each input; activation order only
 
 Integer scales have no field in the standard: `weight_scale` holds integer * row_factor, so that
@@ -214,7 +214,7 @@ class Storage:
             }
         return {
             "targets": targets,
-            # said here too: readers take packed weights with quantised activations for int-quantized
+            # said here too, or readers take W4A8 for int-quantized
             "format": self.format,
             "weights": weights,
             "input_activations": inputs,
@@ -248,7 +248,7 @@ def _decode_order(weight: QuantizedWeight, index: Tensor, name: str) -> None:
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
     """int8 [R, C] of 4 or 8 bits -> int32 [R, ceil(C bits / 32)], as in the module's docstring."""
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     per_word = 32 // bits
     unsigned = codes.contiguous().view(torch.uint8) + (1 << (bits - 1))  # modulo 256
     unsigned = F.pad(unsigned, (0, -columns % per_word))

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serval.compress import CompressOptions, run
-from serval.compress.int8_modules import quantize_channels
+from serval.compress.int8 import SCHEME
+from serval.compress.scheme import quantize
 from serval.errors import CheckpointError, ConfigError
 from serval.models import checkpoint
 from serval.models.batch import PackedBatch
@@ -96,7 +97,8 @@ def test_latent_projection_quantised_elsewhere_is_expanded_at_load(tmp_path):
     stored = load_file(path)
     names = [name for name in stored if name.endswith("kv_b_proj.weight")]
     for name in names:
-        stored[name], stored[f"{name}_scale"] = quantize_channels(stored[name])
+        made = quantize(stored[name], SCHEME)
+        stored[name], stored[f"{name}_scale"] = made.codes, made.scales
     save_file(stored, path)
     values = json.loads((tmp_path / "out/config.json").read_text())
     ignored = values["quantization_config"]["ignore"]

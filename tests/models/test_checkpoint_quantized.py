@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from serval.errors import CheckpointError
 from serval.models import checkpoint
 from serval.models.batch import PackedBatch
 from serval.models.checkpoint.registry import QUANTIZERS
+from serval.models.checkpoint.safetensors_file import StoredTensor
 from serval.models.config import ModelConfig
 from serval.models.decoder import Decoder
 from serval.registry import Entry
@@ -51,7 +52,7 @@ class RoundedLinear(nn.Module):
         tensors = {"weight": self.packed.T, "weight_scale": self.scale[:, None]}
         return {**tensors, "bias": self.offset} if self.has_bias else tensors
 
-    def load_checkpoint_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         self.packed = tensors["weight"].T.contiguous().to(device)
         self.scale = tensors["weight_scale"][:, 0].to(device)
         self.offset = tensors["bias"].to(device) if self.has_bias else None
@@ -77,9 +78,14 @@ def swap(decoder: Decoder, keep: Callable[[str], bool]) -> None:
 
 class Rounding:
     def prepare(
-        self, decoder: Decoder, quantization: dict[str, Any], rename: Callable[[str], str]
+        self,
+        decoder: Decoder,
+        quantization: dict[str, Any],
+        rename: Callable[[str], str],
+        stored: Mapping[str, StoredTensor],
     ) -> None:
         assert decoder.embed_tokens.weight.is_meta
+        assert stored["model.layers.1.mlp.up_proj.weight"].dtype == torch.int8
         swap(decoder, lambda name: rename(name) in quantization["ignore"])
 
 

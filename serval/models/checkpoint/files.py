@@ -12,6 +12,7 @@ from serval.models.checkpoint.safetensors_file import StoredTensor, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PRIVATE = "private.serval"  # tensors that only Serval reads, in the format of safetensors
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,6 +53,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    patterns.append(PRIVATE)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types
@@ -84,6 +86,18 @@ def list_tensors(directory: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError for an index that names files elsewhere, a missing shard, a tensor in two
     shards, one the index promises and its shard lacks, or a directory without safetensors.
     """
+    tensors = _list_public(directory)
+    if (directory / PRIVATE).exists():
+        for name, stored in read_header(directory / PRIVATE).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {name!r} is in {tensors[name].path} and in {PRIVATE}"
+                )
+            tensors[name] = stored
+    return tensors
+
+
+def _list_public(directory: Path) -> dict[str, StoredTensor]:
     if (directory / INDEX).exists():
         return _list_shards(directory)
     if (directory / WEIGHTS).exists():

@@ -8,7 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from serval.models.checkpoint.safetensors_file import StoredTensor
 from serval.models.decoder import Decoder
+
+PRIVATE_LEAVES = (".weight_row_factor",)
 
 
 @runtime_checkable
@@ -16,7 +19,8 @@ class CheckpointModule(Protocol):
     """A module that is stored as other tensors than its parameters (quantised weights).
 
     Names are relative to the module, for example "weight" and "weight_scale"; experts may use
-    "3.gate_proj.weight". The family adds the module's own name in the checkpoint.
+    "3.gate_proj.weight". The family adds the module's own name in the checkpoint. A name that ends
+    in one of `PRIVATE_LEAVES` is stored apart, where other engines do not look (`files.PRIVATE`).
     """
 
     def checkpoint_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -28,8 +32,9 @@ class CheckpointModule(Protocol):
         each one when it is asked for."""
         ...
 
-    def load_checkpoint_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
-        """Take over CPU tensors of the spec just read from a file, moving or packing them."""
+    def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take over tensors of the spec, moving or packing them. Each is read from its file when it
+        is asked for, into memory of its own."""
         ...
 
 
@@ -37,10 +42,15 @@ class Quantizer(Protocol):
     """Registered in `QUANTIZERS` under a `quant_method`; made without arguments."""
 
     def prepare(
-        self, decoder: Decoder, quantization: dict[str, Any], rename: Callable[[str], str]
+        self,
+        decoder: Decoder,
+        quantization: dict[str, Any],
+        rename: Callable[[str], str],
+        stored: Mapping[str, StoredTensor],
     ) -> None:
         """Replace modules of `decoder`, which has no storage yet (meta device), by
         `CheckpointModule`s as config.json's `quantization_config` says. `rename` gives a module's
-        name in the checkpoint, which is what the "ignore" and "targets" lists use. Raises
+        name in the checkpoint, which is what the "ignore" and "targets" lists use. stored: every
+        tensor of the checkpoint by name, for its dtype and for whether it is there. Raises
         ConfigError naming a key it cannot honour."""
         ...

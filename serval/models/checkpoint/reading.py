@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def _open(directory: Path) -> tuple[Family, Decoder, dict[str, StoredTensor]]:
     config = family.fit(config, stored)
     decoder = empty_decoder(config)
     if values.get("quantization_config"):
-        _prepare_quantized(decoder, family, values["quantization_config"])
+        _prepare_quantized(decoder, family, values["quantization_config"], stored)
     return family, decoder, stored
 
 
@@ -131,7 +131,9 @@ def _read_config(directory: Path, values: dict[str, Any]) -> tuple[Family, Model
     return family, config
 
 
-def _prepare_quantized(decoder: Decoder, family: Family, quantization: Any) -> None:
+def _prepare_quantized(
+    decoder: Decoder, family: Family, quantization: Any, stored: dict[str, StoredTensor]
+) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in QUANTIZERS:
         raise ConfigError(
@@ -139,7 +141,8 @@ def _prepare_quantized(decoder: Decoder, family: Family, quantization: Any) -> N
             f"{', '.join(QUANTIZERS)}, or unquantised weights (dequantise the checkpoint first)"
         )
     quantizer = QUANTIZERS[method].load()()
-    quantizer.prepare(decoder, quantization, lambda name: family.rename(name, decoder.config))
+    rename = lambda name: family.rename(name, decoder.config)  # noqa: E731 a line of its own
+    quantizer.prepare(decoder, quantization, rename, stored)
     decoder.quantization_config = quantization
 
 
@@ -246,11 +249,15 @@ class _Filler:
 
     def _fill_module(self, name: str, module: CheckpointModule) -> None:
         prefix = self.family.rename(name, self.config)
-        tensors: dict[str, Tensor] = {}
-        for leaf, (shape, dtype) in module.checkpoint_spec().items():
-            tensors[leaf] = torch.empty(tuple(shape), dtype=dtype)
-            self._read(Piece.of(f"{prefix}.{leaf}", tensors[leaf]))
-        module.load_checkpoint_tensors(tensors, self.device)
+        spec = module.checkpoint_spec()
+
+        def read(leaf: str) -> Tensor:
+            shape, dtype = spec[leaf]
+            tensor = torch.empty(tuple(shape), dtype=dtype)
+            self._read(Piece.of(f"{prefix}.{leaf}", tensor))
+            return tensor
+
+        module.load_checkpoint_tensors(_ReadWhenAsked(spec, read), self.device)
 
     def _read(self, piece: Piece) -> None:
         stored = self.stored[piece.name]
@@ -267,6 +274,22 @@ class _Filler:
             descriptor=self.descriptors[stored.path],
             check=self.check_finite,
         )
+
+
+class _ReadWhenAsked(Mapping[str, Tensor]):
+    """The stored tensors of a module, none of them in memory before it is asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self.names, self.read = list(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _tensors_of(decoder: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

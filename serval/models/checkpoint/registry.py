@@ -27,7 +27,8 @@ FAMILIES: dict[str, Entry] = {
 # Quantised weights: `quant_method` of config.json's quantization_config -> see package docstring.
 QUANTIZERS: dict[str, Entry] = {
     "compressed-tensors": Entry(
-        "serval.compress.export:CompressedTensors", "int8 linears of compressed-tensors"
+        "serval.compress.compressed_tensors:CompressedTensors",
+        "4- and 8-bit integer linears of compressed-tensors",
     ),
 }
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from serval.errors import CheckpointError, ConfigError
 from serval.models.checkpoint.family import Family, Piece, explain_loss
-from serval.models.checkpoint.files import INDEX, TOKENIZER_FILES, WEIGHTS
-from serval.models.checkpoint.quantized import CheckpointModule
+from serval.models.checkpoint.files import INDEX, PRIVATE, TOKENIZER_FILES, WEIGHTS
+from serval.models.checkpoint.quantized import PRIVATE_LEAVES, CheckpointModule
 from serval.models.checkpoint.registry import FAMILIES, family_named
 from serval.models.checkpoint.safetensors_file import TensorToWrite, write_file
 from serval.models.config import ModelConfig
@@ -91,12 +91,15 @@ def _tensors_to_write(
 ) -> Iterator[TensorToWrite]:
     config = decoder.config
     written: dict[str, TensorToWrite] = {}
+    latest = _Latest()
 
     def walk(prefix: str, module: nn.Module) -> Iterator[TensorToWrite]:
         if prefix and isinstance(module, CheckpointModule):
             base = family.rename(prefix, config)
             for leaf, (shape, kind) in module.checkpoint_spec().items():
-                yield TensorToWrite(f"{base}.{leaf}", kind, tuple(shape), _later(module, leaf))
+                yield TensorToWrite(
+                    f"{base}.{leaf}", kind, tuple(shape), latest.later(module, leaf)
+                )
             return
         for leaf, parameter in module.named_parameters(recurse=False):
             kind = dtype if dtype and parameter.is_floating_point() else parameter.dtype
@@ -120,8 +123,21 @@ def _tensors_to_write(
         yield TensorToWrite(name, filler, shape, _zeros(shape, filler))
 
 
-def _later(module: CheckpointModule, leaf: str) -> Callable[[], Tensor]:
-    return lambda: module.checkpoint_tensors()[leaf]
+class _Latest:
+    """Unpacks a module once for all of its tensors, and holds only the last one's."""
+
+    def __init__(self) -> None:
+        self.module: CheckpointModule | None = None
+        self.tensors: Mapping[str, Tensor] = {}
+
+    def later(self, module: CheckpointModule, leaf: str) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            if self.module is not module:
+                self.tensors = {}
+                self.module, self.tensors = module, module.checkpoint_tensors()
+            return self.tensors[leaf]
+
+        return make
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -137,6 +153,10 @@ def _write_piece(piece: Piece, dtype: torch.dtype) -> TensorToWrite:
 
 
 def _write_weights(directory: Path, tensors: list[TensorToWrite], limit: int) -> None:
+    private = [tensor for tensor in tensors if tensor.name.endswith(PRIVATE_LEAVES)]
+    if private:
+        write_file(directory / PRIVATE, private)
+        tensors = [tensor for tensor in tensors if not tensor.name.endswith(PRIVATE_LEAVES)]
     shards: list[list[TensorToWrite]] = [[]]
     size = 0
     for tensor in tensors:
@@ -248,7 +268,7 @@ def _move_files(staging: Path, directory: Path) -> None:
 def _is_ours(path: Path) -> bool:
     """Whether a save would write, or would have written, a file of this name."""
     shard = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path.name)
-    return bool(shard) or path.name in ("config.json", "generation_config.json", INDEX)
+    return bool(shard) or path.name in ("config.json", "generation_config.json", INDEX, PRIVATE)
 
 
 def _sync_directory(directory: Path) -> None:
