@@ -10,6 +10,7 @@ Floors: few rows stream the weight once, `N K bits / 8` bytes and its group scal
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,10 @@ __all__ = [
     "unpack_weight",
 ]
 
+_LINEAR = jit.Kernel("w4a8", "quantized_linear", "plll pl ii l iif i")
+_EMBEDDING = jit.Kernel("w4a8", "quantized_embedding", "pl ppp ll i l i p i")
 _ACTIVATIONS = {"token": 0, "static": 1, "none": 2}
+_MODES = {"channel": 0, "integer": 1, "float": 2}
 
 
 def _check(x: Tensor, packed: PackedWeight, activations: str, input_scale: float | None) -> None:
@@ -55,10 +59,83 @@ def _check(x: Tensor, packed: PackedWeight, activations: str, input_scale: float
         )
 
 
-def _packed(
-    data: Tensor, factor: Tensor, group_scales: Tensor | None, bits: int, inputs: int, group: int
-) -> PackedWeight:
-    return PackedWeight(data, factor, group_scales, bits, inputs, group or None)
+def _rows(x: Tensor) -> Tensor:
+    """Float32 rows [M, K] with contiguous features."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = flat.float()
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _usable(x: Tensor, packed: PackedWeight) -> bool:
+    """Whether the C++ kernel can take these tensors."""
+    return (
+        x.device.type == "cpu"
+        and packed.data.device.type == "cpu"
+        and packed.inputs > 0
+        and packed.outputs > 0
+        and _LINEAR.get() is not None
+    )
+
+
+def _scheme(packed: PackedWeight) -> tuple[int, int | None, str]:
+    """What layers of one kernel call must have in common."""
+    return packed.bits, packed.group_size, packed.mode
+
+
+def _record(
+    packed: PackedWeight, bias: Tensor | None, out: int, first: int, rows: int
+) -> list[int]:
+    """The kernel's description of one layer, eight 64-bit fields (`Layer` in spec.h)."""
+    scales = packed.group_scales
+    return [
+        packed.data.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        packed.factor.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out,
+        packed.factor.shape[0],
+        first,
+        rows,
+    ]
+
+
+def _run(
+    rows: Tensor,
+    kind: PackedWeight,
+    records: list[int],
+    shared: bool,
+    activations: str,
+    input_scale: float | None,
+) -> None:
+    """Call the kernel on float32 rows [M, K]; `kind` gives the scheme of all layers."""
+    function = _LINEAR.get()
+    assert function is not None
+    fields = (ctypes.c_int64 * len(records))(*records)
+    function(
+        rows.data_ptr(), rows.stride(0), rows.shape[0], kind.inputs,
+        ctypes.addressof(fields), len(records) // 8, shared, kind.bits,
+        kind.group_size or kind.inputs, _MODES[kind.mode], _ACTIVATIONS[activations],
+        input_scale or 0.0, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _together(
+    x: Tensor,
+    packed: Sequence[PackedWeight],
+    biases: Sequence[Tensor | None],
+    activations: str,
+    input_scale: float | None,
+) -> list[Tensor]:
+    """Layers of one scheme that share x, in one kernel call."""
+    rows = _rows(x)
+    wide = [None if b is None else b.detach().float().contiguous() for b in biases]
+    outs, records = [], []
+    for layer, bias in zip(packed, wide, strict=True):
+        out = torch.empty((*x.shape[:-1], layer.factor.shape[0]), dtype=torch.float32)
+        outs.append(out)
+        records += _record(layer, bias, out.data_ptr(), 0, rows.shape[0])
+    _run(rows, packed[0], records, True, activations, input_scale)
+    return outs if x.dtype == torch.float32 else [out.to(x.dtype) for out in outs]
 
 
 def _one(
@@ -68,6 +145,8 @@ def _one(
     activations: str,
     input_scale: float | None,
 ) -> Tensor:
+    if _usable(x, packed):
+        return _together(x, [packed], [bias], activations, input_scale)[0]
     return reference.quantized_linear(x, packed, bias, activations, input_scale)
 
 
@@ -82,7 +161,7 @@ def _op(
     activations: str,
     input_scale: float,
 ) -> Tensor:
-    packed = _packed(data, factor, group_scales, bits, x.shape[-1], group_size)
+    packed = PackedWeight(data, factor, group_scales, bits, x.shape[-1], group_size or None)
     scale = input_scale if activations == "static" else None
     return _one(x, packed, bias, activations, scale)
 
@@ -133,6 +212,11 @@ def quantized_linear_multi(
         raise ValueError(
             f"quantized_linear_multi got {len(packed)} weights and {len(biases)} biases"
         )
+    for layer in packed:
+        _check(x, layer, activations, input_scale)
+    alike = len({_scheme(layer) for layer in packed}) == 1
+    if alike and jit.plain(x, packed[0].data) and all(_usable(x, layer) for layer in packed):
+        return _together(x, packed, biases, activations, input_scale)
     return [
         quantized_linear(x, p, b, activations=activations, input_scale=input_scale)
         for p, b in zip(packed, biases, strict=True)
@@ -154,27 +238,72 @@ def quantized_grouped_linear(
     row counts that sum to R; biases [E, N]. Returns [R, N] in x's dtype. Experts without rows cost
     nothing.
     """
-    experts = packed.experts if isinstance(packed, PackedWeight) else len(packed)
+    if isinstance(packed, PackedWeight):
+        experts, first, one = packed.experts, packed, packed.expert
+    else:
+        experts, first, one = len(packed), packed[0], packed.__getitem__
     if experts != len(counts) or sum(counts) != x.shape[0]:
         raise ValueError(
             f"quantized_grouped_linear got {experts} experts, {len(counts)} counts that sum to "
             f"{sum(counts)}, and {x.shape[0]} rows; counts must name every expert and every row"
         )
-    one = packed.expert if isinstance(packed, PackedWeight) else packed.__getitem__
-    outputs = packed.outputs if isinstance(packed, PackedWeight) else packed[0].outputs
-    out = x.new_empty(x.shape[0], outputs)
+    weights = {index: one(index) for index, count in enumerate(counts) if count}
+    for weight in weights.values():
+        _check(x, weight, activations, input_scale)
+    alike = len({(_scheme(w), w.outputs) for w in weights.values()}) == 1
+    plain = jit.plain(x, first.data) and all(_usable(x, w) for w in weights.values())
+    if alike and plain:
+        return _grouped(x, weights, counts, biases, activations, input_scale)
+    out = x.new_empty(x.shape[0], first.outputs)
     start = 0
-    for index, count in enumerate(counts):
-        if count:
-            rows = slice(start, start + count)
-            out[rows] = quantized_linear(
-                x[rows], one(index), None if biases is None else biases[index],
-                activations=activations, input_scale=input_scale,
-            )  # fmt: skip
-            start += count
+    for index, weight in weights.items():
+        rows = slice(start, start + counts[index])
+        out[rows] = quantized_linear(
+            x[rows], weight, None if biases is None else biases[index],
+            activations=activations, input_scale=input_scale,
+        )  # fmt: skip
+        start = rows.stop
     return out
 
 
+def _grouped(
+    x: Tensor,
+    weights: dict[int, PackedWeight],
+    counts: Sequence[int],
+    biases: Tensor | None,
+    activations: str,
+    input_scale: float | None,
+) -> Tensor:
+    """The experts that have rows, by index, in one kernel call."""
+    rows = _rows(x)
+    wide = None if biases is None else biases.detach().float().contiguous()
+    kind = next(iter(weights.values()))
+    out = torch.empty(rows.shape[0], kind.outputs)
+    records: list[int] = []
+    start, place, row_bytes = 0, out.data_ptr(), 4 * kind.outputs
+    for index, weight in weights.items():
+        bias = None if wide is None else wide[index]
+        records += _record(weight, bias, place + start * row_bytes, start, counts[index])
+        start += counts[index]
+    _run(rows, kind, records, False, activations, input_scale)
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
 def quantized_embedding(tokens: Tensor, packed: PackedWeight) -> Tensor:
-    """Rows of a quantised table in float32: tokens int64 [...] -> [..., K]."""
-    return reference.embedding(tokens, packed)
+    """Rows of a quantised table in float32: tokens int64 [...] -> [..., K]. Raises IndexError for a
+    token that the table does not have."""
+    function = _EMBEDDING.get() if jit.plain(tokens, packed.data) else None
+    if function is None or not (tokens.device.type == packed.data.device.type == "cpu"):
+        return reference.embedding(tokens, packed)
+    flat = tokens.reshape(-1).to(torch.int64).contiguous()
+    out = torch.empty(*tokens.shape, packed.inputs)
+    scales = packed.group_scales
+    status = function(
+        flat.data_ptr(), flat.numel(), packed.data.data_ptr(),
+        None if scales is None else scales.data_ptr(), packed.factor.data_ptr(), packed.outputs,
+        packed.inputs, packed.bits, packed.group_size or packed.inputs, _MODES[packed.mode],
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        raise IndexError(f"a token lies outside the table of {packed.outputs} rows")
+    return out
