@@ -15,6 +15,12 @@ COMPRESSORS: dict[str, Entry] = {
 # Methods that go block by block, with or without calibration: `serval.compress.recipe.Recipe`.
 RECIPES: dict[str, Entry] = {
     "rtn": Entry("serval.compress.rtn:RoundToNearest", "each weight to the nearest code"),
+    "gptq": Entry(
+        "serval.compress.gptq:GPTQ", "rounding errors are made good by later columns", "2210.17323"
+    ),
+    "awq": Entry(
+        "serval.compress.awq:AWQ", "channels with large activations are scaled up", "2306.00978"
+    ),
 }
 
 # Changes of basis before the first block: `serval.compress.recipe.Rotation`.
