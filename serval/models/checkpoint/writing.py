@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,41 @@ def save(
     not writable; then nothing is left behind.
     """
     format_ = choose_family(decoder.config, family)
+    tensors = list(part_tensors(decoder, format_, dtype))
+    tensors += repeated_tensors(decoder, format_, tensors, dtype)
+    return write_checkpoint(
+        directory,
+        decoder,
+        format_,
+        tensors,
+        tokenizer_dir=tokenizer_dir,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write_checkpoint(
+    directory: str | Path,
+    decoder: Decoder,
+    family: Family,
+    tensors: Sequence[TensorToWrite],
+    *,
+    tokenizer_dir: str | Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    also: Mapping[str, bytes] | None = None,
+) -> Path:
+    """As `save`, for tensors that need not be the decoder's own: of `decoder` only its config and
+    `quantization_config` are read. also: more files, by name."""
     directory = Path(directory).expanduser().resolve()
-    tensors = list(_tensors_to_write(decoder, format_, dtype))
     needed = sum(tensor.nbytes for tensor in tensors)
     staging: Path | None = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        _write_weights(staging, tensors, max_shard_bytes)
-        _write_configs(staging, decoder, format_, tensors)
+        _write_weights(staging, list(tensors), max_shard_bytes)
+        _write_configs(staging, decoder, family, tensors)
         _copy_tokenizer(staging, tokenizer_dir)
+        for name, content in (also or {}).items():
+            (staging / name).write_bytes(content)
         staging.chmod(0o777 & ~_umask())
         _move_into_place(staging, directory)
     except OSError as error:
@@ -86,11 +111,11 @@ def explain_or_refuse(name: str, config: ModelConfig) -> str | None:
         return str(error)
 
 
-def _tensors_to_write(
-    decoder: Decoder, family: Family, dtype: torch.dtype | None
+def part_tensors(
+    decoder: Decoder, family: Family, dtype: torch.dtype | None = None, path: str = ""
 ) -> Iterator[TensorToWrite]:
+    """The stored tensors of the decoder's module `path` ("": all of it), without repeated ones."""
     config = decoder.config
-    written: dict[str, TensorToWrite] = {}
     latest = _Latest()
 
     def walk(prefix: str, module: nn.Module) -> Iterator[TensorToWrite]:
@@ -112,9 +137,19 @@ def _tensors_to_write(
         for name, child in module.named_children():
             yield from walk(_join(prefix, name), child)
 
-    for tensor in walk("", decoder):
-        written[tensor.name] = tensor
-        yield tensor
+    yield from walk(path, decoder.get_submodule(path))
+
+
+def repeated_tensors(
+    decoder: Decoder,
+    family: Family,
+    tensors: Sequence[TensorToWrite],
+    dtype: torch.dtype | None = None,
+) -> Iterator[TensorToWrite]:
+    """What the family stores a second time, and zeros that its readers insist on. tensors: those
+    of all parts."""
+    config = decoder.config
+    written = {tensor.name: tensor for tensor in tensors}
     for name, source in family.copies(config).items():
         original = written[family.rename(source, config)]
         yield TensorToWrite(name, original.dtype, original.shape, original.make)
@@ -178,7 +213,7 @@ def _write_weights(directory: Path, tensors: list[TensorToWrite], limit: int) ->
 
 
 def _write_configs(
-    directory: Path, decoder: Decoder, family: Family, tensors: list[TensorToWrite]
+    directory: Path, decoder: Decoder, family: Family, tensors: Sequence[TensorToWrite]
 ) -> None:
     config = decoder.config
     values = family.write_config(config)
