@@ -106,9 +106,10 @@ def clipped_scales(
     scheme: WeightScheme,
     scale_dtype: torch.dtype = torch.float32,
     steps: int = 10,
+    shrink: float = 0.05,
 ) -> Tensor:
-    """float32 [N, G]: of the scales 1, 0.95, ... times the full one, `steps` in all, the one that
-    changes each group's part of the outputs of `rows` [S, K] least."""
+    """float32 [N, G]: of the scales 1, 1 - shrink, 1 - 2 shrink, ... times the full one, `steps` in
+    all, the one that changes each group's part of the outputs of `rows` [S, K] least."""
     n, k = weight.shape
     groups = scheme.groups(k)
     inputs = rows.reshape(len(rows), groups, k // groups).transpose(0, 1)  # [G, S, g]
@@ -117,7 +118,7 @@ def clipped_scales(
     full = quantize(weight, scheme, scale_dtype).scales
     best, least = full, torch.full_like(full, torch.inf)
     for step in range(steps):
-        tried = full * (1 - step / 20)
+        tried = full * (1 - step * shrink)
         made = quantize(weight, replace(scheme, scales="float"), scale_dtype, tried)
         difference = (made.dequantize() - weight).view(n, groups, -1).transpose(0, 1)  # [G, N, g]
         product = difference @ metric

@@ -21,6 +21,16 @@ RECIPES: dict[str, Entry] = {
     "awq": Entry(
         "serval.compress.awq:AWQ", "channels with large activations are scaled up", "2306.00978"
     ),
+    "fptq": Entry(
+        "serval.compress.fptq:FPTQ",
+        "static or per-token activations by layer; logarithmic equalization in between",
+        "2308.15987",
+    ),
+    "odyssey": Entry(
+        "serval.compress.odyssey:Odyssey",
+        "learnt clipping, then GPTQ with its scales; per output channel",
+        "2311.09550",
+    ),
 }
 
 # Changes of basis before the first block: `serval.compress.recipe.Rotation`.
