@@ -1,9 +1,8 @@
 // Paged attention with an online softmax (FlashAttention-2, arXiv:2307.08691), shared by the attention kernels.
 //
 // A task is a block of query rows (queries times the heads that share one key-value head) and a range of keys, walked in
-// tiles of 64 keys that are used by every row while they are in cache. Contexts of few rows are cut into parts of 1024
-// keys whose partial results are merged, so one long sequence keeps every core busy. Parts do not depend on the number
-// of threads, hence neither does the result.
+// tiles of 64 keys that are used by every row while they are in cache. decode.h walks the keys of few rows; plan.h cuts a
+// step into tasks.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,7 +10,7 @@
 #include <vector>
 #include "tile.h"
 
-constexpr int64_t KEYS = 64, ROWS = 256, PART = 1024;
+constexpr int64_t KEYS = 64, ROWS = 256;
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 struct Attention {
@@ -30,7 +29,11 @@ struct Attention {
   float* out;           // [T, heads, v_dim]
 };
 
-struct Task { int64_t sequence, kv_head, first, count, from, to, partial; };  // queries, keys, -1 or index of partials
+// Key-value heads kv_head.., queries first.., keys from..to; partial: row of the partial buffers, -1 for none.
+struct Task { int64_t sequence, kv_head, heads, first, count, from, to, partial; bool few; };
+
+// Unnormalised outputs of tasks, a row per (key-value head, query, head of its group): running max, mass, sum [v_dim].
+struct Partials { float *m, *l, *o; };
 
 // Buffers of one thread, reused between calls.
 struct Scratch {
@@ -47,10 +50,12 @@ template <class T> static INLINE void widen(const T* row, int64_t n, float* out)
   if (i < n) store(out + i, load_some(row + i, n - i));
 }
 
-// Softmax step of one row over a tile: s becomes exp(s - max), m and l are updated, returns the rescale of the past.
+// Softmax step of one row over a tile of K keys: s becomes exp(s - max), m and l are updated, returns the rescale of the
+// past.
+template <int K>
 static INLINE float soften(float* s, int64_t from, int64_t to, bool edge, const float* key_scale, const float* value_scale,
                            float& m, float& l) {
-  constexpr int N = KEYS / W;
+  constexpr int N = K / W;
   vf v[N], top = splat(LOWEST);
   vi lane; for (int i = 0; i < W; i++) lane[i] = i;
 #pragma GCC unroll 16
@@ -83,7 +88,7 @@ static INLINE float soften(float* s, int64_t from, int64_t to, bool edge, const 
 }
 
 template <class T>
-static void run_task(const Attention& a, const Task& t, float* partial_m, float* partial_l, float* partial_o) {
+static void run_task(const Attention& a, const Task& t, const Partials& partials) {
   const int64_t group = a.heads / a.kv_heads, rows = t.count * group, depth = a.q_dim + a.q2_dim;
   const int64_t dp = round_up(depth, W), vp = round_up(a.v_dim, W);
   const bool packed = rows >= 24 && dp < 256;  // many rows: transpose the keys once; else dot products in place
@@ -160,7 +165,7 @@ static void run_task(const Attention& a, const Task& t, float* partial_m, float*
     for (int64_t r = 0; r < rows; r++) {
       int64_t position = past + t.first + r / group;
       int64_t to = std::min(n, position + 1 - tile_from), from = a.window ? position - a.window + 1 - tile_from : 0;
-      alpha[r] = soften(s + r * KEYS, from, to, from > 0 || to < KEYS, sizeof(T) == 1 ? ks : nullptr,
+      alpha[r] = soften<KEYS>(s + r * KEYS, from, to, from > 0 || to < KEYS, sizeof(T) == 1 ? ks : nullptr,
                         sizeof(T) == 1 ? vs : nullptr, m[r], l[r]);
     }
     if (!direct_v) {
@@ -177,8 +182,8 @@ static void run_task(const Attention& a, const Task& t, float* partial_m, float*
   for (int64_t r = 0; r < rows; r++) {
     const float* from = o + r * vp;
     if (t.partial >= 0) {
-      partial_m[t.partial + r] = m[r], partial_l[t.partial + r] = l[r];
-      memcpy(partial_o + (t.partial + r) * a.v_dim, from, a.v_dim * sizeof(float));
+      partials.m[t.partial + r] = m[r], partials.l[t.partial + r] = l[r];
+      memcpy(partials.o + (t.partial + r) * a.v_dim, from, a.v_dim * sizeof(float));
       continue;
     }
     int64_t head = t.kv_head * group + r % group;
@@ -190,67 +195,3 @@ static void run_task(const Attention& a, const Task& t, float* partial_m, float*
   }
 }
 
-// Merge the parts of one block of rows; they lie one after the other in the partial buffers.
-static void merge(const Attention& a, const Task& first, int64_t parts, const float* pm, const float* pl, const float* po) {
-  const int64_t group = a.heads / a.kv_heads, rows = first.count * group, begin = a.starts[first.sequence];
-  for (int64_t r = 0; r < rows; r++) {
-    int64_t head = first.kv_head * group + r % group;
-    float high = a.sinks ? a.sinks[head] : LOWEST;
-    for (int64_t p = 0; p < parts; p++) high = std::max(high, pm[first.partial + p * rows + r]);
-    float total = a.sinks ? std::exp(a.sinks[head] - high) : 0.0f;
-    float* to = a.out + ((begin + first.first + r / group) * a.heads + head) * a.v_dim;
-    for (int64_t d = 0; d < a.v_dim; d++) to[d] = 0;
-    for (int64_t p = 0; p < parts; p++) {
-      int64_t at = first.partial + p * rows + r;
-      float part = pm[at] == LOWEST ? 0.0f : std::exp(pm[at] - high);
-      total += pl[at] * part;
-      for (int64_t d = 0; d < a.v_dim; d++) to[d] += part * po[at * a.v_dim + d];
-    }
-    float inverse = total > 0 ? 1.0f / total : 0.0f;
-    for (int64_t d = 0; d < a.v_dim; d++) to[d] *= inverse;
-  }
-}
-
-// Returns 0, or 1: lengths or query starts are inconsistent, 2: a block table names a block that does not exist.
-template <class T> static int attend(const Attention& a, int threads) {
-  const int64_t group = a.heads / a.kv_heads;
-  const int64_t step = std::max<int64_t>(1, ROWS / group);
-  std::vector<Task> tasks;
-  std::vector<std::pair<int64_t, int64_t>> merges;  // first task, number of parts
-  int64_t partial_rows = 0, work = 0;
-  if (a.sequences && a.starts[0] != 0) return 1;
-  for (int64_t n = 0; n < a.sequences; n++) {
-    const int64_t queries = a.starts[n + 1] - a.starts[n], length = a.lens[n];
-    if (queries < 0 || a.starts[n + 1] > a.total_rows) return 1;
-    if (!queries) continue;
-    if (length < queries || length > a.table_width * a.page) return 1;
-    int64_t oldest = a.window ? std::max<int64_t>(0, length - queries - a.window + 1) : 0;
-    for (int64_t b = oldest / a.page; b * a.page < length; b++) {
-      int32_t block = a.tables[n * a.table_width + b];
-      if (block < 0 || block >= a.blocks) return 2;
-    }
-    const bool cut = queries <= step;
-    for (int64_t first = (queries - 1) / step * step; first >= 0; first -= step) {  // longest first
-      const int64_t count = std::min(step, queries - first), to = length - queries + first + count;
-      const int64_t from = a.window ? std::max<int64_t>(0, to - count - a.window + 1) : 0;
-      const int64_t parts = cut ? std::max<int64_t>(1, (to - from + PART - 1) / PART) : 1;
-      work += count * a.heads * (to - from) * (a.q_dim + a.v_dim);
-      for (int64_t h = 0; h < a.kv_heads; h++) {
-        if (parts == 1) {
-          tasks.push_back({n, h, first, count, from, to, -1});
-          continue;
-        }
-        merges.push_back({(int64_t)tasks.size(), parts});
-        for (int64_t p = 0; p < parts; p++) {
-          tasks.push_back({n, h, first, count, from + p * PART, std::min(to, from + (p + 1) * PART), partial_rows});
-          partial_rows += count * group;
-        }
-      }
-    }
-  }
-  std::vector<float> partial(partial_rows * (a.v_dim + 2));
-  float *pm = partial.data(), *pl = pm + partial_rows, *po = pl + partial_rows;
-  parallel_tasks(tasks.size(), 1, work < 400000 ? 1 : threads, [&](int64_t i) { run_task<T>(a, tasks[i], pm, pl, po); });
-  for (auto& [first, parts] : merges) merge(a, tasks[first], parts, pm, pl, po);
-  return 0;
-}

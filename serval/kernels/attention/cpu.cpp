@@ -1,5 +1,5 @@
 // Grouped-query attention over a paged cache, float32 or int8. Floors in __init__.py, algorithm in flash.h.
-#include "flash.h"
+#include "plan.h"
 
 template <class T>
 static int call(const float* q, int64_t q_row, int64_t q_head, int64_t heads, int64_t q_dim, const void* keys,

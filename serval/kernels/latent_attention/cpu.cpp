@@ -1,5 +1,5 @@
 // Multi-head latent attention (absorbed) over a paged latent cache: one shared key row, whose first part is the value.
-#include "flash.h"
+#include "plan.h"
 
 EXPORT int paged_latent_attention_f32(const float* q, int64_t q_row, int64_t q_head, int64_t heads, int64_t latent,
                                       const float* q2, int64_t q2_row, int64_t q2_head, int64_t rope, const float* cache,
