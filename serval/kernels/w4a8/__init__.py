@@ -5,19 +5,23 @@ Scales per output channel, per group as floats, or per group as integers (Intege
 static scale. Integer results are exact: the same on every CPU and for every number of threads.
 
 Floors: few rows stream the weight once, `N K bits / 8` bytes and its group scales; many rows take
-`2 M N K` integer operations. Weight layout: packing.py. Inference only, no gradients.
+`2 M N K` integer operations. Weight layouts: packing.py on CPUs, gpu_layout.py on GPUs, where
+Triton serves. Inference only, no gradients.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from serval.kernels import jit
 from serval.kernels.w4a8 import reference
+from serval.kernels.w4a8.gpu_layout import is_gpu_layout
 from serval.kernels.w4a8.packing import (
     PackedWeight,
     empty_packed_weight,
@@ -66,11 +70,29 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """The Triton implementations, or None without Triton; imported late, as it is slow to load."""
+    try:
+        from serval.kernels.w4a8 import gpu
+    except ImportError:
+        return None
+    return gpu
+
+
+def _triton(x: Tensor, packed: PackedWeight) -> ModuleType | None:
+    """The Triton implementations where they can take these tensors."""
+    if x.is_cuda and packed.data.is_cuda and is_gpu_layout(packed) and packed.inputs > 0:
+        return _triton_kernels()
+    return None
+
+
 def _usable(x: Tensor, packed: PackedWeight) -> bool:
     """Whether the C++ kernel can take these tensors."""
     return (
         x.device.type == "cpu"
         and packed.data.device.type == "cpu"
+        and not is_gpu_layout(packed)
         and packed.inputs > 0
         and packed.outputs > 0
         and _LINEAR.get() is not None
@@ -147,6 +169,9 @@ def _one(
 ) -> Tensor:
     if _usable(x, packed):
         return _together(x, [packed], [bias], activations, input_scale)[0]
+    gpu = _triton(x, packed)
+    if gpu is not None:
+        return gpu.quantized_linear(x, packed, bias, activations, input_scale)
     return reference.quantized_linear(x, packed, bias, activations, input_scale)
 
 
@@ -217,6 +242,9 @@ def quantized_linear_multi(
     alike = len({_scheme(layer) for layer in packed}) == 1
     if alike and jit.plain(x, packed[0].data) and all(_usable(x, layer) for layer in packed):
         return _together(x, packed, biases, activations, input_scale)
+    gpu = _triton(x, packed[0]) if all(_triton(x, layer) for layer in packed) else None
+    if gpu is not None and jit.plain(x, packed[0].data):
+        return gpu.quantized_linear_multi(x, packed, biases, activations, input_scale)
     return [
         quantized_linear(x, p, b, activations=activations, input_scale=input_scale)
         for p, b in zip(packed, biases, strict=True)
@@ -247,6 +275,12 @@ def quantized_grouped_linear(
             f"quantized_grouped_linear got {experts} experts, {len(counts)} counts that sum to "
             f"{sum(counts)}, and {x.shape[0]} rows; counts must name every expert and every row"
         )
+    gpu = (
+        _triton(x, first) if isinstance(packed, PackedWeight) and jit.plain(x, first.data) else None
+    )
+    if gpu is not None:
+        _check(x, first, activations, input_scale)
+        return gpu.quantized_grouped_linear(x, packed, counts, biases, activations, input_scale)
     weights = {index: one(index) for index, count in enumerate(counts) if count}
     for weight in weights.values():
         _check(x, weight, activations, input_scale)
@@ -293,7 +327,8 @@ def quantized_embedding(tokens: Tensor, packed: PackedWeight) -> Tensor:
     """Rows of a quantised table in float32: tokens int64 [...] -> [..., K]. Raises IndexError for a
     token that the table does not have."""
     function = _EMBEDDING.get() if jit.plain(tokens, packed.data) else None
-    if function is None or not (tokens.device.type == packed.data.device.type == "cpu"):
+    on_cpu = tokens.device.type == packed.data.device.type == "cpu"
+    if function is None or not on_cpu or is_gpu_layout(packed):
         return reference.embedding(tokens, packed)
     flat = tokens.reshape(-1).to(torch.int64).contiguous()
     out = torch.empty(*tokens.shape, packed.inputs)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from serval.errors import ConfigError
+from serval.kernels.w4a8 import gpu_layout
 from serval.kernels.w4a8.overflow import INT32_MAX, accumulator_bound
 
 PANEL = 16  # output channels in a panel
@@ -32,6 +33,8 @@ Mode = Literal["channel", "integer", "float"]
 class PackedWeight(NamedTuple):
     """A matrix [N, K] ready for the kernels, or a stack of E of them (each tensor then has a
     leading dimension E). The tensors may be registered as buffers.
+
+    Shapes are of the CPU's layout; GPUs have their own (gpu_layout.py), reached by `relayout`.
 
     data: uint8 [panels, cells, 16, 4], see the module. factor: float32 [N], what the finished sum
     of a channel is multiplied by: its scale, its row factor with integer scales, 1 with float
@@ -79,11 +82,17 @@ class PackedWeight(NamedTuple):
         return self._replace(data=self.data[index], factor=self.factor[index], group_scales=scales)
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same weight on another device."""
+        """The same weight on another device, in the layout of that device's kernels."""
         scales = None if self.group_scales is None else self.group_scales.to(device)
         return self._replace(
             data=self.data.to(device), factor=self.factor.to(device), group_scales=scales
-        )
+        ).native()
+
+    def native(self) -> PackedWeight:
+        """The same weight in the layout that the kernels of its device read."""
+        if self.data.is_meta:
+            return self
+        return relayout(self, "gpu" if self.data.is_cuda else "cpu")
 
 
 def padded_group(bits: int, inputs: int, group_size: int | None) -> int:
@@ -102,8 +111,25 @@ def empty_packed_weight(
     experts: int | None = None,
     device: torch.device | str = "meta",
 ) -> PackedWeight:
-    """A PackedWeight of the right shapes without values. Raises ConfigError as `pack_weight`."""
+    """A PackedWeight of the right shapes without values, in the layout of the device's kernels.
+    Raises ConfigError as `pack_weight`."""
     _check_scheme(bits, inputs, group_size, mode)
+    if torch.device(device).type == "cuda":
+        like = _empty(outputs, inputs, bits, group_size, mode, experts, "meta")
+        return gpu_layout.empty_parts(like, device)
+    return _empty(outputs, inputs, bits, group_size, mode, experts, device)
+
+
+def _empty(
+    outputs: int,
+    inputs: int,
+    bits: int,
+    group_size: int | None,
+    mode: Mode,
+    experts: int | None,
+    device: torch.device | str,
+) -> PackedWeight:
+    """`empty_packed_weight` in the CPU's layout."""
     panels, groups = -(-outputs // PANEL), 1 if group_size is None else inputs // group_size
     cells = groups * padded_group(bits, inputs, group_size) // CELL_INPUTS[bits]
     lead = () if experts is None else (experts,)
@@ -145,7 +171,7 @@ def pack_weight(
     integer: Tensor | None = None,
     row_factor: Tensor | None = None,
 ) -> PackedWeight:
-    """Lay out a quantised matrix for the kernels.
+    """Lay out a quantised matrix for the kernels of the device that `codes` are on.
 
     codes: int8 [N, K] in [-8, 7] or [-128, 127]. scales: float32 [N, G] (or [N] when G = 1).
     integer, row_factor: int16 [N, G] and float32 [N], whose product then replaces `scales`
@@ -165,9 +191,7 @@ def pack_weight(
     _check_scheme(bits, k, group_size, mode)
     groups = 1 if group_size is None else k // group_size
     _check_scales(n, groups, scales, integer, row_factor)
-    packed = empty_packed_weight(
-        n, k, bits=bits, group_size=group_size, mode=mode, device=codes.device
-    )
+    packed = _empty(n, k, bits, group_size, mode, None, codes.device)
     if codes.is_meta:
         return packed
     for first in range(0, n, _CHUNK * PANEL):
@@ -184,7 +208,7 @@ def pack_weight(
         _panels(scales.detach().float(), packed.group_scales)
     else:
         packed.factor.copy_(scales.detach().reshape(n))
-    return packed
+    return packed.native()
 
 
 def _check_scales(
@@ -249,9 +273,31 @@ def _panels(scales: Tensor, out: Tensor) -> None:
     out.copy_(padded.view(-1, PANEL, groups).transpose(1, 2))
 
 
-def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Recover (codes int8 [N, K], scales float32 [N, G], integer int16 [N, G] or None, row_factor
-    float32 [N] or None) exactly; with integer scales, `scales` is the product of the two."""
+def relayout(packed: PackedWeight, layout: Literal["cpu", "gpu"]) -> PackedWeight:
+    """The same weight, or stack, as the kernels of a CPU or a GPU read it; `packed` itself when it
+    already is so. Exact both ways. Raises ConfigError where a GPU's sums could leave 32 bits."""
+    if gpu_layout.is_gpu_layout(packed) == (layout == "gpu"):
+        return packed
+    if packed.experts is not None:
+        parts = [relayout(packed.expert(index), layout) for index in range(packed.experts)]
+        return stack_weights(parts)
+    codes, scales = _codes_and_scales(packed)
+    if layout == "gpu":
+        return gpu_layout.pack_parts(codes, scales, packed)
+    made = _empty(
+        packed.outputs, packed.inputs, packed.bits, packed.group_size, packed.mode, None,
+        packed.data.device,
+    )._replace(factor=packed.factor)  # fmt: skip
+    made.data.copy_(_cells(codes.unflatten(1, (packed.groups, -1)), packed.bits))
+    if scales is not None and made.group_scales is not None:
+        _panels(scales, made.group_scales)
+    return made
+
+
+def _codes_and_scales(packed: PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """Codes int8 [N, K] and group scales [N, G] as stored, of either layout."""
+    if gpu_layout.is_gpu_layout(packed):
+        return gpu_layout.unpack_parts(packed)
     n, groups = packed.outputs, packed.groups
     panels = packed.data.shape[0]
     if packed.bits == 8:
@@ -263,8 +309,16 @@ def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, 
     values = values.transpose(1, 2).reshape(panels * PANEL, groups, length)
     codes = values[:n, :, : packed.inputs // groups].reshape(n, packed.inputs).contiguous()
     if packed.group_scales is None:
-        return codes, packed.factor.view(n, 1), None, None
-    scales = packed.group_scales.transpose(1, 2).reshape(-1, groups)[:n].contiguous()
+        return codes, None
+    return codes, packed.group_scales.transpose(1, 2).reshape(-1, groups)[:n].contiguous()
+
+
+def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Recover (codes int8 [N, K], scales float32 [N, G], integer int16 [N, G] or None, row_factor
+    float32 [N] or None) exactly; with integer scales, `scales` is the product of the two."""
+    codes, scales = _codes_and_scales(packed)
+    if scales is None:
+        return codes, packed.factor.view(-1, 1), None, None
     if packed.mode == "integer":
         return codes, scales.float() * packed.factor[:, None], scales, packed.factor
     return codes, scales, None, None

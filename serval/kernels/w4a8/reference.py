@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from serval.kernels.w4a8 import gpu_layout
 from serval.kernels.w4a8.overflow import LARGEST_ACTIVATION
 from serval.kernels.w4a8.packing import (
     PANEL,
@@ -99,6 +100,8 @@ def dequantize(packed: PackedWeight) -> Tensor:
 
 def embedding(tokens: Tensor, packed: PackedWeight) -> Tensor:
     """Rows of the matrix, float32: tokens int64 [...] -> [..., K]."""
+    if gpu_layout.is_gpu_layout(packed):
+        return gpu_layout.select_rows(packed, tokens)
     panel, lane = tokens // PANEL, tokens % PANEL
     cells = packed.data[panel, :, lane]  # [..., cells, 4]
     if packed.bits == 8:
