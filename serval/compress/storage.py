@@ -248,18 +248,18 @@ def _decode_order(weight: QuantizedWeight, index: Tensor, name: str) -> None:
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
     """int8 [R, C] of 4 or 8 bits -> int32 [R, ceil(C bits / 32)], as in the module's docstring."""
-    columns = codes.shape[1]
+    rows, columns = codes.shape
     per_word = 32 // bits
     unsigned = codes.contiguous().view(torch.uint8) + (1 << (bits - 1))  # modulo 256
     unsigned = F.pad(unsigned, (0, -columns % per_word))
     if bits == 4:
         unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)
+    return unsigned.reshape(-1).view(torch.int32).view(rows, -1)  # flat: strides of 1 row vary
 
 
 def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_int32`: int8 [R, columns]."""
-    unsigned = packed.contiguous().view(torch.uint8)
+    unsigned = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], -1)
     if bits == 4:
         unsigned = torch.stack([unsigned & 15, unsigned >> 4], dim=-1).flatten(1)
     return (unsigned[:, :columns] - (1 << (bits - 1))).view(torch.int8).contiguous()

@@ -14,7 +14,7 @@ from torch import empty as torch_empty
 from serval import kernels
 from serval.models.batch import PackedBatch
 from serval.models.config import MLAConfig, ModelConfig
-from serval.models.layers import Linear, RMSNorm, yarn_mscale
+from serval.models.layers import Linear, RMSNorm, shared_input, yarn_mscale
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -74,9 +74,10 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, batch: PackedBatch, rotary: Rotary) -> Tensor:
         """x [T, hidden], rotary: cos and sin [P, D/2] float32 -> [T, hidden], before the residual
         is added. Keys and values go through `batch.memory`."""
-        q = self.q_proj(x).view(-1, self.num_heads, self.head_dim)  # [T, H, D]
-        k = self.k_proj(x).view(-1, self.num_key_value_heads, self.head_dim)
-        v = self.v_proj(x).view(-1, self.num_key_value_heads, self.head_dim)
+        q, k, v = shared_input(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(-1, self.num_heads, self.head_dim)  # [T, H, D]
+        k = k.view(-1, self.num_key_value_heads, self.head_dim)
+        v = v.view(-1, self.num_key_value_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = kernels.rotary(q, k, *rotary, batch.positions, self.interleaved)
@@ -134,18 +135,16 @@ class LatentAttention(nn.Module):
         """x [T, hidden], rotary: cos and sin [P, qk_rope_head_dim/2] float32 -> [T, hidden], before
         the residual is added. The latent goes through `batch.memory`."""
         mla = self.mla
-        if mla.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        first = self.q_proj if mla.q_lora_rank is None else self.q_a_proj
+        q, compressed = shared_input(x, first, self.kv_a_proj_with_mqa)
+        if mla.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         if mla.scale_q != 1.0:
             q = q * mla.scale_q
         q_nope, q_rope = q.view(-1, self.num_heads, self.q_width).split(
             [mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1
         )
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
-            [mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1
-        )
+        latent, k_rope = compressed.split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_layernorm(latent)
         if mla.scale_kv != 1.0:
             latent = latent * mla.scale_kv

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from serval import kernels
 from serval.models.config import ModelConfig
-from serval.models.layers import Linear
+from serval.models.layers import Linear, shared_input
 
 CLAMPED_SWIGLU_ALPHA = 1.702
 CLAMPED_SWIGLU_LIMIT = 7.0
@@ -36,4 +36,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., hidden]."""
-        return self.down_proj(gated_activation(self.activation, self.gate_proj(x), self.up_proj(x)))
+        gate, up = shared_input(x, self.gate_proj, self.up_proj)
+        return self.down_proj(gated_activation(self.activation, gate, up))

@@ -19,6 +19,23 @@ class Linear(nn.Linear):
         return kernels.linear(x, self.weight, self.bias)
 
 
+def shared_input(x: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """[module(x) for each module], in one call where they can.
+
+    A class may offer `together(modules, x)`, a static method that returns all outputs, or None for
+    modules it cannot join; it is asked when all modules are of that class and none has hooks.
+    """
+    kind = type(modules[0])
+    together = getattr(kind, "together", None)
+    if together is not None and all(
+        type(m) is kind and not m._forward_pre_hooks and not m._forward_hooks for m in modules
+    ):
+        outputs = together(modules, x)
+        if outputs is not None:
+            return outputs
+    return [module(x) for module in modules]
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight."""
 
