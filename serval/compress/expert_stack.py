@@ -36,7 +36,7 @@ class _Stack(PackedModule):
     def put(self, expert: int, weight: QuantizedWeight) -> None:
         """Fill in one expert."""
         place = self.packed.expert(expert)
-        made = pack(weight)
+        made = pack(weight).to(place.data.device)
         place.data.copy_(made.data)
         place.factor.copy_(made.factor)
         if place.group_scales is not None and made.group_scales is not None:

@@ -77,9 +77,10 @@ class PackedModule(nn.Module):
             new = getattr(self, name)
             if new.dtype != old.dtype and not old.is_meta:
                 setattr(self, name, old.to(new.device))
-        self.packed = self.packed._replace(
+        moved = self.packed._replace(
             data=self.data, factor=self.factor, group_scales=self.group_scales
         )
+        self.hold(moved.native())  # CPUs and GPUs read different layouts
         return self
 
 
