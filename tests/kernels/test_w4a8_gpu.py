@@ -245,7 +245,7 @@ def test_compiles_for_hopper(gpu: ModuleType, case: str) -> None:
         "Scales": "*i16" if mode == "integer" else "*fp32", "Factor": "*fp32", "Bias": "*bf16",
         "Out": "*bf16", "Parts": "*i32", "Rows": "*i32",
     }  # fmt: skip
-    kernel = gpu._product
+    kernel = gpu.gpu_kernels.product
     names = kernel.arg_names
     source = compiler.ASTSource(
         fn=kernel,
