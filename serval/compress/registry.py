@@ -34,4 +34,10 @@ RECIPES: dict[str, Entry] = {
 }
 
 # Changes of basis before the first block: `serval.compress.recipe.Rotation`.
-ROTATIONS: dict[str, Entry] = {}
+ROTATIONS: dict[str, Entry] = {
+    "hadamard": Entry(
+        "serval.compress.rotate:HadamardRotation",
+        "random Hadamard matrices on the residual stream and the value heads, folded into weights",
+        "2404.00456",
+    ),
+}
