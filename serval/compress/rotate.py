@@ -17,8 +17,8 @@ rounded once.
 
 Left out: the online rotations (R3 of queries and keys, R4 of down_proj's input), which no ordinary
 checkpoint can hold; inputs of down_proj keep their outliers. A tied head becomes a second table,
-since the final norm's gain goes into one use of it only. Refused: a multi-token-prediction head (two
-norms share one output head), and identity experts after a norm whose gain is not constant.
+since the final norm's gain goes into one use of it only. Refused: a multi-token-prediction head
+(two norms share one output head), and identity experts after a norm whose gain is not constant.
 """
 
 from __future__ import annotations
