@@ -81,6 +81,7 @@ class Experts(nn.Module):
         super().__init__()
         count, width, hidden = moe.num_experts, moe.intermediate_size, config.hidden_size
         self.activation = config.activation
+        self.parameter_splits = {"gate_up_proj": (width, width)}  # two matrices per expert
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
         self.gate_up_bias = nn.Parameter(torch.zeros(count, 2 * width)) if moe.expert_bias else None

@@ -2,12 +2,16 @@
 
 from serval.optim.builder import OPTIMIZERS, MixedOptimizer, OptimizerOptions, build
 from serval.optim.groups import NamedParameter, Role, RoleOptions, route
+from serval.optim.mona import Mona
+from serval.optim.muon import Muon
 from serval.optim.schedules import SCHEDULES, Schedule
 
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "MixedOptimizer",
+    "Mona",
+    "Muon",
     "NamedParameter",
     "OptimizerOptions",
     "Role",

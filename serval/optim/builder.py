@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from serval.optim.groups import NamedParameter, Role, RoleOptions, merge_role_options, route
+from serval.optim.mona import Mona
+from serval.optim.muon import Muon
 from serval.registry import Entry, resolve
 
 
@@ -24,7 +26,9 @@ class OptimizerOptions:
 
     lr: AdamW's learning rate. betas, eps: AdamW's. weight_decay: decoupled, of every decayed role.
     muon_lr: Muon's learning rate; None uses `lr`, which suits `muon_adjust: match_rms_adamw`.
-    momentum, nesterov, ns_steps: Muon's. roles: lr multiplier and weight decay per role.
+    momentum, nesterov, ns_steps, ns_coefficients, muon_adjust (its `adjust_lr_fn`): Muon's.
+    ns_dtype: "auto", "float32" or "bfloat16". mona_alpha (None: -1 / (2 (1 - beta))), mona_beta:
+    MONA's. roles: lr multiplier and weight decay per role.
     """
 
     lr: float = 1e-3
@@ -35,20 +39,24 @@ class OptimizerOptions:
     momentum: float = 0.95
     nesterov: bool = True
     ns_steps: int = 5
+    ns_coefficients: str = "original"
+    ns_dtype: str = "auto"
     muon_adjust: str = "match_rms_adamw"
+    mona_alpha: float | None = None
+    mona_beta: float = 0.975
     roles: Mapping[Role, RoleOptions] = field(default_factory=dict)
 
 
 def _param_groups(
     parameters: Iterable[NamedParameter], lr: float, options: OptimizerOptions
 ) -> list[dict[str, Any]]:
-    """One torch parameter group per role, with that role's learning rate and decay."""
-    by_role: dict[Role, list[NamedParameter]] = {}
+    """One torch parameter group per role and split, with that role's learning rate and decay."""
+    kinds: dict[tuple[Role, tuple[int, ...] | None], list[NamedParameter]] = {}
     for named in parameters:
-        by_role.setdefault(named.role, []).append(named)
+        kinds.setdefault((named.role, named.split_sizes), []).append(named)
     groups = []
     role_options = merge_role_options(options.roles)
-    for role, members in by_role.items():
+    for (role, _), members in kinds.items():
         chosen = role_options[role]
         decay = options.weight_decay if chosen.weight_decay is None else chosen.weight_decay
         groups.append(
@@ -56,6 +64,7 @@ def _param_groups(
                 "params": [named.parameter for named in members],
                 "names": [named.name for named in members],
                 "role": str(role),
+                "split_sizes": members[0].split_sizes,
                 "lr": lr * chosen.lr,
                 "base_lr": lr * chosen.lr,
                 "weight_decay": decay,
@@ -147,50 +156,74 @@ def build_adamw(
     return MixedOptimizer([_adamw(route(model), options)])
 
 
+ORTHOGONALISED = (Role.HIDDEN_MATRIX, Role.EXPERT_STACK)
+
+
+def _muon(
+    kind: type[Muon], model: nn.Module, options: OptimizerOptions, **more: Any
+) -> MixedOptimizer:
+    """`kind` for hidden matrices and expert stacks, its AdamW for the rest: one object."""
+    lr = options.lr if options.muon_lr is None else options.muon_lr
+    groups = []
+    for named in _param_groups(route(model), 1.0, options):
+        muon = Role(named["role"]) in ORTHOGONALISED
+        rate = named["lr"] * (lr if muon else options.lr)
+        algorithm = "muon" if muon else "adamw"
+        groups.append({**named, "lr": rate, "base_lr": rate, "algorithm": algorithm})
+    optimizer = kind(
+        groups,
+        lr=lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        nesterov=options.nesterov,
+        ns_coefficients=options.ns_coefficients,
+        ns_steps=options.ns_steps,
+        ns_dtype=None if options.ns_dtype == "auto" else getattr(torch, options.ns_dtype),
+        adjust_lr_fn=options.muon_adjust,
+        betas=options.betas,
+        adam_eps=options.eps,
+        **more,
+    )
+    return MixedOptimizer([optimizer])
+
+
 def build_muon(
     model: nn.Module, options: OptimizerOptions, note: Callable[[str], None] = print
 ) -> MixedOptimizer:
-    """Muon (https://kellerjordan.github.io/posts/muon/) for hidden matrices, AdamW for the rest.
+    """Muon for hidden matrices and expert stacks, AdamW for the rest; see `serval.optim.muon`."""
+    return _muon(Muon, model, options)
 
-    `torch.optim.Muon` takes 2-D parameters only, so stacks of experts stay with AdamW; `note` is
-    told so.
-    """
-    from serval.optim.sharded_muon import ShardedMuon
 
-    routed = route(model)
-    hidden = [named for named in routed if named.role is Role.HIDDEN_MATRIX]
-    rest = [named for named in routed if named.role is not Role.HIDDEN_MATRIX]
-    stacks = [named.name for named in rest if named.role is Role.EXPERT_STACK]
-    if stacks:
-        note(
-            f"muon: {len(stacks)} expert stacks ({stacks[0]}, ...) are 3-D, which torch.optim.Muon "
-            "does not accept; AdamW updates them"
-        )
-    optimizers: list[torch.optim.Optimizer] = []
-    if hidden:
-        lr = options.lr if options.muon_lr is None else options.muon_lr
-        optimizers.append(
-            ShardedMuon(
-                _param_groups(hidden, lr, options),
-                lr=lr,
-                weight_decay=options.weight_decay,
-                momentum=options.momentum,
-                nesterov=options.nesterov,
-                ns_steps=options.ns_steps,
-                adjust_lr_fn=options.muon_adjust,
-            )
-        )
-    if rest:
-        optimizers.append(_adamw(rest, options))
-    return MixedOptimizer(optimizers)
+def build_mona(
+    model: nn.Module, options: OptimizerOptions, note: Callable[[str], None] = print
+) -> MixedOptimizer:
+    """MONA for hidden matrices and expert stacks, AdamW for the rest; see `serval.optim.mona`."""
+    return _muon(Mona, model, options, alpha=options.mona_alpha, beta=options.mona_beta)
+
+
+def build_mona_lite(
+    model: nn.Module, options: OptimizerOptions, note: Callable[[str], None] = print
+) -> MixedOptimizer:
+    """`build_mona` with its buffer in bfloat16."""
+    return _muon(Mona, model, options, alpha=options.mona_alpha, beta=options.mona_beta, lite=True)
 
 
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry("serval.optim.builder:build_adamw", "AdamW everywhere", "1711.05101"),
     "muon": Entry(
         "serval.optim.builder:build_muon",
-        "Muon on hidden matrices, AdamW on the rest",
+        "Muon on hidden matrices and expert stacks, AdamW on the rest",
         "2502.16982",
+    ),
+    "mona": Entry(
+        "serval.optim.builder:build_mona",
+        "Muon on gradients with an averaged difference added, one buffer more",
+        "2605.26842",
+    ),
+    "mona-lite": Entry(
+        "serval.optim.builder:build_mona_lite",
+        "MONA with that buffer in bfloat16, rounded stochastically",
+        "2605.26842",
     ),
 }
 

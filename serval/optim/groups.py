@@ -9,6 +9,9 @@ head, and the three want different treatment. The role is decided here from modu
   ``mlp.gate``, ``mlp.experts``);
 - a bare parameter of one dimension is a bias; any other is an error, never a guess.
 
+A module whose parameter holds several matrices one below the other says so with
+``parameter_splits = {"gate_up_proj": (rows, rows)}``.
+
 A parameter shared by two modules (tied embeddings) has the role of the first owner, which is the
 embedding.
 """
@@ -64,11 +67,15 @@ DEFAULT_ROLE_OPTIONS: dict[Role, RoleOptions] = {
 
 @dataclass
 class NamedParameter:
-    """One parameter with its full name in the model and its role."""
+    """One parameter with its full name in the model and its role.
+
+    split_sizes: rows of each of the matrices it fuses; None when it is one.
+    """
 
     name: str
     parameter: nn.Parameter
     role: Role
+    split_sizes: tuple[int, ...] | None = None
 
 
 def _role_of(owner: nn.Module, owner_name: str, attribute: str, parameter: nn.Parameter) -> Role:
@@ -114,7 +121,9 @@ def route(model: nn.Module) -> list[NamedParameter]:
             seen.add(id(parameter))
             name = f"{owner_name}.{attribute}" if owner_name else attribute
             role = _role_of(owner, owner_name, attribute, parameter)
-            routed.append(NamedParameter(name, parameter, role))
+            splits = getattr(owner, "parameter_splits", {}).get(attribute)
+            sizes = None if splits is None else tuple(splits)
+            routed.append(NamedParameter(name, parameter, role, sizes))
     return routed
 
 

@@ -55,7 +55,13 @@ class OptimizerSection(Section):
     momentum: float = 0.95
     nesterov: bool = True
     ns_steps: Positive = 5
-    muon_adjust: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+    ns_coefficients: Literal["original", "polar_express", "dion"] = "original"
+    ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    muon_adjust: Literal["original", "match_rms_adamw", "spectral_unclamped", "update_norm"] = (
+        "match_rms_adamw"
+    )
+    mona_alpha: float | None = None
+    mona_beta: Annotated[float, Field(ge=0, lt=1)] = 0.975
     roles: dict[Role, RoleSection] = {}
 
     def options(self) -> OptimizerOptions:

@@ -7,7 +7,7 @@ from torch import nn
 from serval.errors import ConfigError
 from serval.models.config import MoEConfig
 from serval.models.decoder import Decoder
-from serval.optim import OptimizerOptions, Role, RoleOptions, build, route
+from serval.optim import OPTIMIZERS, OptimizerOptions, Role, RoleOptions, build, route
 from tests.train.toy import toy_config
 
 MOE = MoEConfig(4, 2, 16, shared_intermediate_size=16, router_bias=True, expert_bias=True)
@@ -79,16 +79,17 @@ def test_roles_change_learning_rate_and_decay() -> None:
     assert groups["embedding"]["lr"] == pytest.approx(0.1)
 
 
-def test_muon_takes_hidden_matrices_and_says_so_about_expert_stacks() -> None:
-    notes: list[str] = []
+def test_muon_takes_hidden_matrices_and_expert_stacks_and_adamw_the_rest() -> None:
     model = Decoder(toy_config(moe=MOE))
-    optimizer = build("muon", model, OptimizerOptions(lr=1e-3, muon_lr=2e-2), notes.append)
-    muon, adamw = optimizer.optimizers
-    assert {group["role"] for group in muon.param_groups} == {"hidden_matrix"}
-    assert all(group["lr"] == 2e-2 for group in muon.param_groups)
-    assert "expert_stack" in {group["role"] for group in adamw.param_groups}
-    assert len(notes) == 1
-    assert "AdamW updates them" in notes[0]
+    optimizer = build("muon", model, OptimizerOptions(lr=1e-3, muon_lr=2e-2))
+    (muon,) = optimizer.optimizers
+    for group in muon.param_groups:
+        orthogonalised = group["role"] in ("hidden_matrix", "expert_stack")
+        assert group["algorithm"] == ("muon" if orthogonalised else "adamw")
+        assert group["lr"] == group["base_lr"] == (2e-2 if orthogonalised else 1e-3)
+    stacks = {g["names"][0]: g["split_sizes"] for g in muon.param_groups if "_proj" in str(g)}
+    assert stacks["layers.0.mlp.experts.gate_up_proj"] == (16, 16)
+    assert stacks["layers.0.mlp.experts.down_proj"] is None
 
 
 def muon_update(weight: torch.Tensor, **options: object) -> torch.Tensor:
@@ -120,11 +121,11 @@ def test_muon_with_more_steps_is_nearer_to_orthogonal() -> None:
 
 
 def test_unknown_optimizer_lists_the_choices() -> None:
-    with pytest.raises(ConfigError, match="unknown optimizer 'sgd'; choose one of: adamw, muon"):
+    with pytest.raises(ConfigError, match="unknown optimizer 'sgd'; choose one of: adamw, mona"):
         build("sgd", Decoder(toy_config()), OptimizerOptions())
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_materialising_state_moves_no_weight(name: str) -> None:
     torch.manual_seed(0)
     model = Decoder(toy_config())

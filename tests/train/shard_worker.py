@@ -43,10 +43,10 @@ def main() -> None:
     world = World.join("cpu")
     for optimizer, model in (("adamw", "plain"), ("muon", "mtp"), ("muon", "moe")):
         train(root / f"{optimizer}-{model}", optimizer, model, 8, world)
-    train(root / "resumed", "muon", "plain", 3, world)
+    train(root / "resumed", "mona", "plain", 3, world)
     if world.is_main:
         shutil.copytree(root / "resumed", root / "alone")
-    train(root / "resumed", "muon", "plain", 8, world)
+    train(root / "resumed", "mona", "plain", 8, world)
     world.leave()
 
 

@@ -60,8 +60,8 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path, two: Path)
     """Two processes stopped at step 3; two and one finish alike, as an undisturbed run."""
     shards = (two / "resumed" / "checkpoints" / "step-00000008").glob("*.safetensors")
     assert len(list(shards)) == 2
-    train(tmp_path, "muon", "plain", 8, World())
-    train(two / "alone", "muon", "plain", 8, World())
+    train(tmp_path, "mona", "plain", 8, World())
+    train(two / "alone", "mona", "plain", 8, World())
     curve = {line["step"]: line["loss"] for line in log(tmp_path) if "loss" in line}
     for name in ("resumed", "alone"):
         for line in log(two / name):

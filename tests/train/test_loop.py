@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from serval.errors import CheckpointError, ConfigError, ServalError
-from serval.optim import MixedOptimizer
+from serval.optim import OPTIMIZERS, MixedOptimizer
 from serval.train import checkpoint
 from serval.train.loop import Trainer
 from serval.train.reporting import Callback, Console, JsonLog, Metrics, TensorBoard
@@ -39,7 +39,7 @@ class StopAt(Callback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_resume_is_bit_exact(tmp_path: Path, optimizer: str, stop: int) -> None:
     whole = toy_trainer(None, optimizer)

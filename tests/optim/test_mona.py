@@ -1,0 +1,132 @@
+"""MONA: the two forms, its response to frequencies, Lite, traps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from serval.errors import ConfigError
+from serval.optim import Mona
+from tests.optim.test_muon import descend, furthest, parameters
+
+
+def directions(grads: list[Tensor], **options: Any) -> list[Tensor]:
+    """G~ of each step: with momentum 0 and no nesterov it is what would be orthogonalised."""
+    weight = nn.Parameter(torch.zeros_like(grads[0]))
+    optimizer = Mona([weight], momentum=0.0, nesterov=False, **options)
+    found = []
+    for grad in grads:
+        weight.grad = grad.clone()
+        out = torch.empty_like(grad)
+        (group,) = optimizer.param_groups
+        optimizer._advance(weight.grad, optimizer._state(weight, group), group, out)
+        assert torch.equal(weight.grad, grad)
+        found.append(out)
+    return found
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(None, 0.9), (None, 0.99), (0.5, 0.9), (-7.0, 0.95)])
+def test_one_buffer_is_two_buffers(alpha: float | None, beta: float) -> None:
+    torch.manual_seed(0)
+    grads = list(torch.randn(200, 5, 7, dtype=torch.float64))
+    options = {"alpha": alpha, "beta": beta}
+    one = directions(grads, **options)
+    two = directions(grads, form="two_buffers", **options)
+    assert furthest(one, two) <= 1e-12
+
+
+def test_two_buffers_are_the_papers_recursion() -> None:
+    torch.manual_seed(0)
+    grads = list(torch.randn(20, 3, 4, dtype=torch.float64))
+    alpha, beta = -4.0, 0.9
+    acceleration = previous = torch.zeros(3, 4, dtype=torch.float64)
+    for grad, ours in zip(
+        grads, directions(grads, alpha=alpha, beta=beta, form="two_buffers"), strict=True
+    ):
+        acceleration = beta * acceleration + (1 - beta) * (grad - previous)
+        previous = grad
+        torch.testing.assert_close(ours, grad + alpha * acceleration, rtol=0, atol=1e-13)
+
+
+def test_default_alpha_averages_gradient_and_mean() -> None:
+    grads = list(torch.randn(10, 4, 6))
+    mean = torch.zeros(4, 6)
+    for grad, ours in zip(grads, directions(grads, beta=0.975), strict=True):
+        torch.testing.assert_close(ours, (grad + mean) / 2)
+        mean = mean + 0.025 * (grad - mean)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.975])
+@pytest.mark.parametrize("form", ["one_buffer", "two_buffers"])
+def test_gains_at_rest_and_at_the_highest_frequency(beta: float, form: str) -> None:
+    grad = torch.randn(3, 5, dtype=torch.float64)
+    steps = 1500
+    constant = directions([grad] * steps, beta=beta, form=form)[-1]
+    torch.testing.assert_close(constant, grad)
+    alternating = directions([grad * (-1) ** t for t in range(steps)], beta=beta, form=form)[-1]
+    torch.testing.assert_close(alternating, -grad * beta / (1 + beta))
+    edge = -1 / (1 - beta) * (1 - 1e-9)
+    nearly = directions([grad * (-1) ** t for t in range(steps)], alpha=edge, beta=beta, form=form)[
+        -1
+    ]
+    torch.testing.assert_close(nearly, grad * (1 - beta) / (1 + beta))
+
+
+def test_first_step_is_muons() -> None:
+    ours, theirs = parameters(), parameters()
+    left = descend(Mona(ours, ns_dtype=torch.bfloat16), ours, 1)
+    right = descend(torch.optim.Muon(theirs), theirs, 1)
+    assert furthest(left, right) <= 1e-5
+
+
+def test_lite_tracks_full_over_500_steps() -> None:
+    weight = nn.Parameter(torch.zeros(32, 48))
+    lite, full = Mona([weight], beta=0.99, lite=True), Mona([weight], beta=0.99)
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.randn(32, 48, generator=generator)
+    out = torch.empty_like(weight)
+    for _ in range(500):
+        weight.grad = drift + 0.5 * torch.randn(32, 48, generator=generator)
+        for optimizer in (lite, full):
+            (group,) = optimizer.param_groups
+            optimizer._advance(weight.grad, optimizer._state(weight, group), group, out)
+    small = lite.state[weight]["gradient_average"]
+    large = full.state[weight]["gradient_average"]
+    assert small.dtype == torch.bfloat16
+    assert (small.float() - large).norm() / large.norm() < 0.02
+    nearest = torch.zeros(32, 48, dtype=torch.bfloat16)
+    for _ in range(500):  # what rounding to nearest would have kept of a constant gradient
+        nearest.copy_(nearest.float().lerp(drift, 0.01))
+    assert (nearest.float() - drift).norm() / drift.norm() > 0.1
+
+
+def test_bias_correction_starts_at_the_gradient() -> None:
+    grad = torch.randn(4, 6)
+    found = directions([grad] * 30, bias_correction=True)
+    assert furthest(found, [grad] * 30) <= 1e-5
+
+
+def test_sign_of_alpha_decides_between_damping_and_looking_ahead() -> None:
+    """On an oscillating gradient the paper's negative alpha damps, a positive one amplifies."""
+    grads = [torch.ones(1, 2, dtype=torch.float64) * (-1) ** t for t in range(400)]
+    size = {
+        alpha: directions(grads, alpha=alpha, beta=0.9)[-1].abs().max() for alpha in (-5.0, 5.0)
+    }
+    assert size[-5.0] < 0.5 < 1 < size[5.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 1.0}, "mona beta is 1.0"),
+        ({"alpha": -40.0}, r"expected \|alpha\| < .* = 40, .* paper's value is -20"),
+        ({"form": "three"}, "mona form is 'three'"),
+        ({"form": "two_buffers", "lite": True}, "belong to the form 'one_buffer'"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Mona(parameters([(8, 8)]), **options)

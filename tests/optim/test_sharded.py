@@ -1,0 +1,49 @@
+"""Two gloo processes against one: the same weights and state, and no more communication."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.optim.shard_worker import CASES, run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What two processes computed."""
+    out = tmp_path_factory.mktemp("two") / "results.pt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launcher, "-m", "tests.optim.shard_worker", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case: str, two: Any) -> None:
+    alone, _ = run(case, sharded=False)
+    together, _ = two[case]
+    assert alone.keys() == together.keys()
+    # Lite's rounding noise differs from process to process
+    tolerance = 2e-2 if case == "mona-lite" else 1e-5
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=tolerance, atol=tolerance)
+
+
+def test_one_gather_per_sharded_matrix_and_none_for_stacks_or_mona(two: Any) -> None:
+    """Four matrices are cut in two and gathered; the stacks lie whole on their processes."""
+    assert {case: collectives for case, (_, collectives) in two.items()} == dict.fromkeys(CASES, 4)
