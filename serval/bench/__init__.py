@@ -29,6 +29,7 @@ BENCHES: dict[str, Entry] = {
     "decode": Entry("serval.bench.decode:collect", "tokens/s of decoding, Llama-3.2-1B shape"),
     "prefill": Entry("serval.bench.prefill:collect", "tokens/s of prefill, Llama-3.2-1B shape"),
     "train": Entry("serval.bench.train:collect", "training tokens/s against transformers.Trainer"),
+    "optim": Entry("serval.bench.optim:collect", "Muon and MONA steps against torch.optim.Muon"),
     "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
 }
 
