@@ -12,20 +12,29 @@ from torch import Tensor
 from serval.bench.peers import Stopwatch, random_tokens
 from serval.bench.shapes import SHAPES, fill_parameters, fill_tensor, random_block
 from serval.cache.memory import cache_bytes_per_token
-from serval.compress.registry import COMPRESSORS
+from serval.compress.compressed_tensors import quantization_config_of
+from serval.compress.install import install
+from serval.compress.scheme import QuantizedWeight, WeightScheme
+from serval.compress.targets import targets
 from serval.engine.llm import LLM
 from serval.engine.request import SamplingParams
 from serval.evaluate.speed import weight_bytes
 from serval.models.decoder import Decoder
-from serval.registry import resolve
 
 BLOCK = 32  # tokens of a cache block
+
+SCHEMES = {
+    "int8": WeightScheme(8),
+    "w4a8": WeightScheme(4),
+    "w4a8-g128": WeightScheme(4, 128, scales="integer"),
+}
 
 
 class ServalEngine:
     """Serval with random weights of `shape`.
 
-    weights: None for float32, or a key of COMPRESSORS (head included). kv: cache layout.
+    weights: None for float32, or a key of SCHEMES, with the embedding and head in int8; integers
+    are made directly, there is never a float model. kv: cache layout.
     """
 
     def __init__(self, shape: str, weights: str | None = None, kv: str = "full") -> None:
@@ -33,10 +42,10 @@ class ServalEngine:
         self.config, self.kv = SHAPES[shape], kv
         with torch.device("meta"):
             decoder = Decoder(self.config)
-        self.decoder = decoder.to_empty(device="cpu").eval()
-        fill_parameters(self.decoder)
         if weights is not None:
-            resolve(COMPRESSORS, weights, "compressor")(head=True).compress(self.decoder)
+            install_random(decoder, SCHEMES[weights])
+        fill_parameters(decoder)
+        self.decoder = decoder.eval()
         self.llm: LLM | None = None
 
     def _open(self, batch: int, length: int) -> LLM:
@@ -104,6 +113,34 @@ class ServalEngine:
         """Bytes of keys and values per token, all layers."""
         assert self.llm is not None
         return self.llm.memory.block_bytes // BLOCK
+
+
+def install_random(decoder: Decoder, scheme: WeightScheme) -> None:
+    """Random integers of `scheme` in every linear of a decoder, of int8 per row in its embedding
+    and head."""
+    table = WeightScheme(8)
+    for target in targets(decoder):
+        assert isinstance(target.module, (torch.nn.Linear, torch.nn.Embedding)), target.name
+        if target.kind == "linear" or target.kind == "head" or decoder.lm_head is None:
+            kind = scheme if target.kind == "linear" else table
+            install(decoder, target, random_weight(*target.module.weight.shape, kind))
+    decoder.quantization_config = quantization_config_of(decoder)
+
+
+def random_weight(rows: int, columns: int, scheme: WeightScheme) -> QuantizedWeight:
+    """Uniform codes with scales such that weights have the deviation of `random_block`'s."""
+    block = np.random.default_rng(0).integers(
+        scheme.lowest, scheme.highest + 1, (1 << 20) - 3, dtype=np.int8
+    )
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    fill_tensor(codes, torch.from_numpy(block))
+    groups = scheme.groups(columns)
+    scale = 0.02 * 12**0.5 / (scheme.highest - scheme.lowest)
+    made = QuantizedWeight(codes, torch.full((rows, groups), scale), scheme)
+    if scheme.scales == "integer":
+        made.integer = torch.full((rows, groups), 256, dtype=torch.int16)
+        made.row_factor = torch.full((rows,), scale / 256)
+    return made
 
 
 def _randomise(tensor: Tensor) -> None:

@@ -108,13 +108,18 @@ def random_block(elements: int = 1 << 20, std: float = 0.02, seed: int = 0) -> n
 
 @torch.no_grad()
 def fill_parameters(model: nn.Module) -> None:
-    """Fill matrices from a repeated random block, norms with ones."""
+    """Fill matrices from a repeated random block, norms with ones; parameters without storage get
+    one."""
     block = torch.from_numpy(random_block())
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            fill_tensor(parameter, block)
-        else:
-            parameter.fill_(1.0)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                parameter = nn.Parameter(torch.empty_like(parameter, device="cpu"), False)
+                setattr(module, name, parameter)
+            if parameter.dim() > 1:
+                fill_tensor(parameter, block)
+            else:
+                parameter.fill_(1.0)
 
 
 @torch.no_grad()

@@ -39,11 +39,14 @@ def install(
 
     quantized: one matrix; for experts a sequence in the order of `target.checkpoint_modules()`,
     where an expert's gate_proj and up_proj share scheme and static scale. bias [N] replaces the
-    module's own. format: in which it is stored, None for the scheme's default.
+    module's own. format: in which it is stored, None for the scheme's default. The module lies
+    where the old one did; if that had no storage, where the integers do.
     """
     weights = [quantized] if isinstance(quantized, QuantizedWeight) else list(quantized)
     module = empty_module(target, [Storage.of(weight, format) for weight in weights])
     device = next(target.module.parameters()).device
+    if device.type == "meta":
+        device = weights[0].codes.device
     if isinstance(module, QuantizedExperts):
         module.take(weights, device)
     else:
