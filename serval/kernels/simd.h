@@ -30,6 +30,7 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef int8_t vb __attribute__((vector_size(W)));
 
 struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };  // IEEE binary16
 
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
@@ -44,6 +45,38 @@ INLINE void store(bf16* p, vf v) {  // round to nearest even; NaN stays NaN
   vu nan = (vu)(v != v);
   vh h = __builtin_convertvector((r & ~nan) | (nan & 0x7fc0u), vh);
   memcpy(p, &h, sizeof h);
+}
+INLINE vf load(const fp16* p) {
+#if SERVAL_AVX512
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif SERVAL_AVX2 && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vh h; memcpy(&h, p, sizeof h);
+  vu u = __builtin_convertvector(h, vu), magnitude = (u & 0x7fffu) << 13;
+  vu special = magnitude >= (0x7c00u << 13) ? vu{} + (255u << 23) : vu{};  // infinity and NaN keep their exponent
+  vu sign = (u & 0x8000u) << 16;
+  return (vf)((vu)((vf)magnitude * 0x1p112f) | special | sign);  // the product also makes subnormals normal
+#endif
+}
+INLINE void store(fp16* p, vf v) {  // round to nearest even; beyond the largest number it is stored; NaN stays NaN
+  const float top = 65504.0f;
+  v = ((vf)((vu)v & 0x7fffffffu) <= splat(top)) | (v != v) ? v : v > 0.0f ? splat(top) : splat(-top);
+#if SERVAL_AVX512
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif SERVAL_AVX2 && defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  vu u = (vu)v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  // Adding the power of two whose last place is the result's rounds to it.
+  vu base = magnitude < (113u << 23) ? vu{} + (113u << 23) : magnitude & 0x7f800000u;
+  vf power = (vf)(base + (13u << 23));
+  vu whole = (vu)((vf)magnitude + power) - (vu)power;  // units of the last place
+  vu r = (((base >> 23) - 113u) << 10) + whole;
+  vu nan = (vu)(v != v);
+  vh h = __builtin_convertvector(sign | (r & ~nan) | (nan & 0x7e00u), vh);
+  memcpy(p, &h, sizeof h);
+#endif
 }
 INLINE vf load(const int8_t* p) {  // integer values as floats
 #if SERVAL_AVX512

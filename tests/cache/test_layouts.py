@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from serval.cache import pages
+from serval.cache.layouts import LAYOUTS
 from serval.cache.layouts.base import CacheView
 from serval.cache.layouts.full import FullLayout
 from serval.cache.memory import PagedMemory, cache_bytes_per_token
@@ -76,7 +80,9 @@ SCHEDULES = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize(("kv", "tolerance"), [("full", 1e-5), ("int8", 0.05)])
+@pytest.mark.parametrize(
+    ("kv", "tolerance"), [("full", 1e-5), ("bf16", 0.02), ("fp16", 3e-3), ("int8", 0.05)]
+)
 def test_gqa_matches_whole_prompt_attention(schedule, window, sinks, kv, tolerance) -> None:
     torch.manual_seed(0)
     plan = SCHEDULES[schedule]
@@ -100,7 +106,10 @@ def test_gqa_matches_whole_prompt_attention(schedule, window, sinks, kv, toleran
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("threshold", [None, 0.0, 4.0])
-def test_mla_matches_whole_prompt_attention(schedule, threshold, monkeypatch) -> None:
+@pytest.mark.parametrize(("kv", "tolerance"), [("full", 1e-4), ("bf16", 0.04), ("fp16", 5e-3)])
+def test_mla_matches_whole_prompt_attention(
+    schedule, threshold, kv, tolerance, monkeypatch
+) -> None:
     if threshold is not None:  # 0: always materialised; 4: a mix in one step
         monkeypatch.setattr(FullLayout, "_materialise_from", staticmethod(lambda *_: threshold))
     torch.manual_seed(0)
@@ -109,7 +118,7 @@ def test_mla_matches_whole_prompt_attention(schedule, threshold, monkeypatch) ->
     shapes = [(4, 16), (4, 8), (32,), (8,)]  # q_nope, q_rope, latent, k_rope
     tensors = [[torch.randn(n, *shape) for n in lengths] for shape in shapes]
     kv_b = torch.randn(4, 32, 32) * 0.2
-    memory = memory_for([MLA])
+    memory = memory_for([MLA], kv)
 
     def attend(parts):
         rows = [torch.cat([x[n][p] for n, p in enumerate(parts)]) for x in tensors]
@@ -118,7 +127,7 @@ def test_mla_matches_whole_prompt_attention(schedule, threshold, monkeypatch) ->
     for n, got in enumerate(steps(memory, plan, attend)):
         mine = [x[n] for x in tensors]
         want = CausalMemory([0, lengths[n]]).attend_latent(0, *mine, kv_b, 0.2)
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
 def test_layouts_per_layer_have_their_own_tables() -> None:
@@ -135,6 +144,8 @@ def test_budget() -> None:
     assert per_token == 3 * 2 * (16 + 16) * 4
     assert cache_bytes_per_token([GQA], "int8", torch.float32) == 2 * (16 + 16 + 8)
     assert cache_bytes_per_token([MLA], "full", torch.bfloat16) == (32 + 8) * 2
+    for kv in ("bf16", "fp16"):
+        assert cache_bytes_per_token([GQA, MLA], kv, torch.float32) == 2 * 32 * 2 + 40 * 2
     memory = PagedMemory([GQA], "full", cache_bytes=100_000, max_model_len=64, block_size=BLOCK)
     assert memory.nbytes <= 100_000 < memory.nbytes + memory.block_bytes
     needed = 9 * BLOCK * 256
@@ -143,7 +154,7 @@ def test_budget() -> None:
     PagedMemory([GQA], "full", cache_bytes=needed, max_model_len=65, block_size=BLOCK)
 
 
-@pytest.mark.parametrize("kv", ["full", "int8"])
+@pytest.mark.parametrize("kv", sorted(LAYOUTS))
 def test_storage_takes_the_bytes_it_announces(kv: str) -> None:
     memory = memory_for([GQA, GQA], kv)
     (layout,) = memory.layouts
@@ -152,8 +163,9 @@ def test_storage_takes_the_bytes_it_announces(kv: str) -> None:
     assert memory.nbytes == layout.nbytes == blocks * BLOCK * per_token
     stored = sum(tensor.nbytes for tensors in layout.storage for tensor in tensors)
     assert stored == memory.nbytes
-    codes = torch.int8 if kv == "int8" else torch.float32
-    assert all(tensor.dtype == codes for tensors in layout.storage for tensor in tensors[:2])
+    codes = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = codes.get(kv, torch.int8)
+    assert all(tensor.dtype == dtype for tensors in layout.storage for tensor in tensors[:2])
 
 
 def test_refusals_name_layout_and_feature() -> None:
@@ -165,7 +177,7 @@ def test_refusals_name_layout_and_feature() -> None:
         memory_for([GQA], ["full", "int8"])
 
 
-@pytest.mark.parametrize("kv", ["full", "int8"])
+@pytest.mark.parametrize("kv", sorted(LAYOUTS))
 def test_fork_block_copies_every_layer(kv: str) -> None:
     memory = memory_for([GQA, GQA], kv)
     (layout,) = memory.layouts
@@ -177,3 +189,38 @@ def test_fork_block_copies_every_layer(kv: str) -> None:
         for tensor in tensors:
             assert torch.equal(tensor[3], tensor[5])
             assert not tensor[4].any()
+
+
+def test_float16_saturates_instead_of_overflowing() -> None:
+    memory = memory_for([GQA], "fp16")
+    cache = memory.manager.create()
+    memory.manager.append(cache, 3)
+    memory.begin(views(memory, [cache], [3]))
+    k, v = torch.zeros(3, 2, 16), torch.full((3, 2, 16), 1e6)
+    out = memory.attend(0, torch.zeros(3, 4, 16), k, v, 0.25)
+    assert torch.equal(out, torch.full_like(out, 65504.0))
+
+
+def test_large_storage_asks_for_huge_pages_and_is_zero() -> None:
+    spec = AttentionSpec("gqa", 4, 2, 128, 128)
+    memory = memory_for([spec], "full", 8192)
+    assert memory.layouts[0].storage[0][0].data_ptr() % 64 == 0
+    assert all(not tensor.any() for tensor in memory.layouts[0].storage[0])
+    assert min(tensor.nbytes for tensor in memory.layouts[0].storage[0]) >= pages.SMALLEST
+    smaps = Path("/proc/self/smaps")
+    if smaps.exists() and Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        address = memory.layouts[0].storage[0][0].data_ptr() + pages.SMALLEST // 2
+        assert "hg" in mapping_flags(smaps.read_text(), address)
+
+
+def mapping_flags(smaps: str, address: int) -> list[str]:
+    """The VmFlags of the mapping that holds an address."""
+    inside = False
+    for line in smaps.splitlines():
+        head = line.split(maxsplit=1)[0]
+        if "-" in head and ":" not in head:
+            begin, end = (int(part, 16) for part in head.split("-"))
+            inside = begin <= address < end
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    return []

@@ -81,6 +81,26 @@ def test_int8_cache_stays_close() -> None:
             assert first[0] == pytest.approx(first[1], abs=0.3)
 
 
+@pytest.mark.parametrize("kv", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["sliding-sinks", "mla"])
+def test_16_bit_caches_write_the_same_however_the_work_is_scheduled(name: str, kv: str) -> None:
+    """Chunked, from the prefix cache, preempted and computed again: what was stored decides."""
+    batch = prompts(5)
+    plain = tiny_llm(name, kv=kv)
+    want = ids(plain.generate(batch, GREEDY))
+    assert ids(plain.generate(batch, GREEDY)) == want
+    assert plain.stats().prefix_hit_tokens > 0
+    drained(plain)
+    small = {"cache_bytes": plain.memory.block_bytes * 9, "max_model_len": 56}
+    for options in ({"max_batch_tokens": 7, "max_sequences": 7, "block_size": 5}, small):
+        llm = tiny_llm(name, kv=kv, **options)
+        assert ids(llm.generate(batch, GREEDY)) == want, options
+        assert "cache_bytes" not in options or llm.stats().preemptions > 0
+        drained(llm)
+    half = plain.memory.block_bytes * 2 == tiny_llm(name).memory.block_bytes
+    assert half
+
+
 def test_samples_fork_from_one_prompt() -> None:
     llm = tiny_llm()
     prompt = prompts(1, longest=30)[0] * 2

@@ -23,7 +23,7 @@ from .helpers import greedy, tiny_decoder, tiny_llm
     batch=st.integers(6, 40),
     sequences=st.integers(2, 6),
     prefix_caching=st.booleans(),
-    kv=st.sampled_from(["full", "int8", ["full", "int8"]]),
+    kv=st.sampled_from(["full", "bf16", "int8", ["full", "int8"], ["fp16", "full"]]),
 )
 def test_random_traffic(seed, spare, block, batch, sequences, prefix_caching, kv) -> None:
     rng = random.Random(seed)

@@ -83,6 +83,12 @@ def test_paged_attention(
         reference.paged_attention(q, k, v, *rest),
         **TOLERANCE,
     )
+    for dtype in (torch.bfloat16, torch.float16):  # read as stored: no further rounding
+        torch.testing.assert_close(
+            kernels.paged_attention(q, k.to(dtype), v.to(dtype), *rest),
+            reference.paged_attention(q, k.to(dtype), v.to(dtype), *rest),
+            **TOLERANCE,
+        )
     (kq, ks), (vq, vs) = write_reference.quantize_rows(k), write_reference.quantize_rows(v)
     torch.testing.assert_close(
         kernels.paged_attention_int8(q, kq, vq, ks, vs, *rest),
@@ -96,14 +102,15 @@ def test_paged_attention(
     heads=st.sampled_from([1, 2, 5, 16, 40]),
     latent=st.sampled_from([8, 24, 64, 256]),
     rope=st.sampled_from([3, 8, 16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 @settings(max_examples=15, deadline=None)
 def test_paged_latent_attention(
-    drawn: tuple[Paging, int], heads: int, latent: int, rope: int
+    drawn: tuple[Paging, int], heads: int, latent: int, rope: int, dtype: torch.dtype
 ) -> None:
     paging, page = drawn
     q, q_rope = torch.randn(paging.tokens, heads, latent), torch.randn(paging.tokens, heads, rope)
-    cache = torch.randn(paging.blocks, page, latent + rope)
+    cache = torch.randn(paging.blocks, page, latent + rope).to(dtype)
     rest = (*paging.arguments, (latent + rope) ** -0.5)
     torch.testing.assert_close(
         kernels.paged_latent_attention(q, q_rope, cache, *rest),
@@ -219,10 +226,11 @@ def test_cache_writes(tokens: int, heads: int, dim: int, v_dim: int, seed: int) 
         made = [torch.zeros(blocks, heads, page, d, dtype=dtype) for d in (dim, v_dim)]
         return made + [torch.zeros(blocks, heads, page) for _ in range(2)]
 
-    ours, theirs = caches(torch.float32), caches(torch.float32)
-    kernels.write_cache(k, v, slots, *ours[:2])
-    write_reference.write_cache(k, v, slots, *theirs[:2])
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ours, theirs = caches(dtype), caches(dtype)
+        kernels.write_cache(k, v, slots, *ours[:2])
+        write_reference.write_cache(k, v, slots, *theirs[:2])
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     ours, theirs = caches(torch.int8), caches(torch.int8)
     kernels.write_cache_int8(k, v, slots, *ours)
     write_reference.write_cache_int8(k, v, slots, *theirs)
@@ -233,3 +241,38 @@ def test_cache_writes(tokens: int, heads: int, dim: int, v_dim: int, seed: int) 
         with pytest.raises(CacheError, match=f"slot {blocks * page}"):
             kernels.write_cache_int8(k, v, slots, *ours)
         assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_and_rounded_exactly(dtype: torch.dtype) -> None:
+    """Subnormals, ties, both zeros, numbers beyond float16 (they saturate), NaN."""
+    every = torch.arange(2**16).to(torch.int32).sub(2**15).to(torch.int16).view(dtype).float()
+    every = every[every.isfinite()]
+    ties = torch.cat([(every[:-1] + every[1:]) / 2, every, every * 1.0003])
+    x = torch.cat([ties, torch.tensor([1e-30, -1e-30, 70000.0, -1e30, float("nan")])])
+    x = x[x.isfinite() | x.isnan()]
+    x = torch.cat([x, x.new_zeros(-len(x) % 64)]).view(-1, 1, 64)
+    caches = [torch.zeros(len(x), 1, 1, 64, dtype=dtype) for _ in range(2)]
+    kernels.write_cache(x, x, torch.arange(len(x)), *caches)
+    limit = torch.finfo(dtype).max
+    expected = (x.clamp(-limit, limit) if dtype == torch.float16 else x).to(dtype)
+    assert torch.equal(caches[0].view(-1, 1, 64).nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert caches[0].isnan().sum() == 1
+    # One key per sequence: attention returns that key's value as it is stored.
+    rows = caches[1].float().nan_to_num(0.0)
+    tables, lens = torch.arange(len(x)).int()[:, None], torch.ones(len(x)).int()
+    q, starts = torch.zeros(len(x), 1, 64), torch.arange(len(x) + 1).int()
+    values = rows.to(dtype)
+    got = kernels.paged_attention(q, torch.zeros_like(values), values, tables, lens, starts, 1.0)
+    assert torch.equal(got, rows[:, 0])
+
+
+def test_few_rows_and_many_agree() -> None:
+    """A sequence's last queries give the same whether they come alone or with others."""
+    _, k, v, tables, lens, _ = decode_batch(700, 1)
+    q = torch.randn(40, 8, 64)
+    whole = kernels.paged_attention(q, k, v, tables, lens, torch.tensor([0, 40]).int(), 0.125)
+    for count in (1, 2, 3, 5, 6):
+        starts = torch.tensor([0, count]).int()
+        few = kernels.paged_attention(q[-count:], k, v, tables, lens, starts, 0.125)
+        torch.testing.assert_close(few, whole[-count:], **TOLERANCE)

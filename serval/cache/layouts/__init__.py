@@ -13,6 +13,14 @@ LAYOUTS: dict[str, Entry] = {
         "keys, values and latents as the model computes them",
         "2309.06180",
     ),
+    "bf16": Entry(
+        "serval.cache.layouts.half:Bfloat16Layout",
+        "keys, values and latents in bfloat16",
+    ),
+    "fp16": Entry(
+        "serval.cache.layouts.half:Float16Layout",
+        "keys, values and latents in float16",
+    ),
     "int8": Entry(
         "serval.cache.layouts.int8:Int8Layout",
         "int8 keys and values, one scale per token and head",

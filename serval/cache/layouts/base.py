@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from serval.cache.pages import huge_pages
 from serval.errors import CacheError
 from serval.models.attention import AttentionSpec
 
@@ -74,7 +75,8 @@ class Layout(ABC):
 
     @abstractmethod
     def allocate(self, spec: AttentionSpec) -> list[Tensor]:
-        """The tensors of one layer, [num_blocks, ...] each, zeroed (stale NaNs would spread)."""
+        """The tensors of one layer, [num_blocks, ...] each, from `zeros` (stale NaNs would
+        spread)."""
 
     @abstractmethod
     def write(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:
@@ -121,6 +123,10 @@ class Layout(ABC):
     ) -> Tensor:
         """Store this step's latents and attend; shapes as in `Memory.attend_latent`."""
         raise CacheError(f"cache layout {self.name!r} does not support MLA; use kv='full'")
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Zeroed storage [num_blocks, *shape], on huge pages where the system grants them."""
+        return huge_pages(torch.zeros(self.num_blocks, *shape, dtype=dtype, device=self.device))
 
     def fork_block(self, source: int, destination: int) -> None:
         """Copy one block's contents in every layer of the group."""

@@ -1,4 +1,4 @@
-"""The exact layout: keys and values in the model's dtype, MLA as latent plus rotary key.
+"""The plain layout: keys and values in the model's dtype, MLA as latent plus rotary key.
 
 MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1) is read in one of two forms. Absorbed: W_UK folds
 into the query and W_UV into the output, so a (query, key) pair costs H (2C + R) products and the
@@ -8,6 +8,8 @@ n (2C + R - Dn - R - Dv) > (Dn + Dv) C; each sequence of a step gets the form th
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,27 +22,31 @@ from serval.models.memory import materialise_latent
 
 
 class FullLayout(Layout):
-    """Keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]; for MLA one tensor [B, S, C + R]."""
+    """Keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]; for MLA one tensor [B, S, C + R].
+
+    stored: the dtype of storage; None: the model's.
+    """
 
     name = "full"
+    stored: ClassVar[torch.dtype | None] = None
 
     @classmethod
     def bytes_per_token(cls, spec: AttentionSpec, dtype: torch.dtype) -> int:
+        dtype = cls.stored or dtype
         if spec.kind == "mla":
             return (spec.kv_lora_rank + spec.qk_rope_head_dim) * dtype.itemsize
         return spec.num_key_value_heads * (spec.head_dim + spec.v_head_dim) * dtype.itemsize
 
     def allocate(self, spec: AttentionSpec) -> list[Tensor]:
+        dtype = self.stored or self.dtype
         if spec.kind == "mla":
-            return [self._zeros(self.block_size, spec.kv_lora_rank + spec.qk_rope_head_dim)]
+            width = spec.kv_lora_rank + spec.qk_rope_head_dim
+            return [self.zeros(self.block_size, width, dtype=dtype)]
         heads = spec.num_key_value_heads
         return [
-            self._zeros(heads, self.block_size, spec.head_dim),
-            self._zeros(heads, self.block_size, spec.v_head_dim),
+            self.zeros(heads, self.block_size, spec.head_dim, dtype=dtype),
+            self.zeros(heads, self.block_size, spec.v_head_dim, dtype=dtype),
         ]
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(self.num_blocks, *shape, dtype=self.dtype, device=self.device)
 
     def write(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:
         keys, values = self.storage[slot]
@@ -80,8 +86,10 @@ class FullLayout(Layout):
         scale: float,
     ) -> Tensor:
         (rows,) = self.storage[slot]
-        flat = rows.view(-1, rows.shape[-1])
-        flat.index_copy_(0, view.slots, torch.cat([latent, k_rope], dim=-1))
+        new = torch.cat([latent, k_rope], dim=-1)[:, None]  # one head
+        nothing = new[..., :0]
+        cache = rows[:, None]
+        kernels.write_cache(new, nothing, view.slots, cache, cache[..., :0])
         threshold = self._materialise_from(q_nope.shape[-1], kv_b)
         if max(view.queries) < threshold:
             return self._absorbed(rows, view, q_nope, q_rope, kv_b, scale)
@@ -142,7 +150,7 @@ class FullLayout(Layout):
     ) -> Tensor:
         length, rank = view.lengths[n], kv_b.shape[-1]
         blocks = view.block_tables[n, : -(-length // self.block_size)].long()
-        stored = rows[blocks].flatten(0, 1)[:length]  # [L, C + R]
+        stored = rows[blocks].flatten(0, 1)[:length].to(kv_b.dtype)  # [L, C + R]
         q, k, v = materialise_latent(q_nope, q_rope, stored[:, :rank], stored[:, rank:], kv_b)
         value_width = v.shape[-1]
         v = F.pad(v, (0, max(0, k.shape[-1] - value_width)))  # the fused kernels want equal widths

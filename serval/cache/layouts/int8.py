@@ -30,12 +30,12 @@ class Int8Layout(Layout):
         return spec.num_key_value_heads * (spec.head_dim + spec.v_head_dim + 2 * 4)
 
     def allocate(self, spec: AttentionSpec) -> list[Tensor]:
-        shape = (self.num_blocks, spec.num_key_value_heads, self.block_size)
+        heads, size = spec.num_key_value_heads, self.block_size
         return [
-            torch.zeros(*shape, spec.head_dim, dtype=torch.int8, device=self.device),
-            torch.zeros(*shape, spec.v_head_dim, dtype=torch.int8, device=self.device),
-            torch.zeros(shape, dtype=torch.float32, device=self.device),
-            torch.zeros(shape, dtype=torch.float32, device=self.device),
+            self.zeros(heads, size, spec.head_dim, dtype=torch.int8),
+            self.zeros(heads, size, spec.v_head_dim, dtype=torch.int8),
+            self.zeros(heads, size, dtype=torch.float32),
+            self.zeros(heads, size, dtype=torch.float32),
         ]
 
     def write(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:

@@ -1,9 +1,10 @@
-"""Grouped-query attention over a paged key-value cache, for prefill and decode, float32 and int8.
+"""Grouped-query attention over a paged key-value cache, for prefill and decode, with float32,
+16-bit and int8 caches.
 
 Floor of a decode step: every visible key and value is read once, `4 (D + Dv)` bytes per token and
-key-value head in float32, `D + Dv + 8` in int8, whatever the number of query heads. Floor of
-prefill: `2 (D + Dv)` operations per visible (query head, key) pair. CPU: C++ for float32 and int8
-caches; GPU: Triton; the reference serves everything else.
+key-value head in float32, `2 (D + Dv)` in 16 bits, `D + Dv + 8` in int8, whatever the number of
+query heads. Floor of prefill: `2 (D + Dv)` operations per visible (query head, key) pair. CPU: C++,
+arithmetic in float32; GPU: Triton; the reference serves everything else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from serval.kernels import jit
 from serval.kernels.attention import reference
 
 _SIGNATURE = "plll l plll plll l lll pp pl pp ll f l p p i"
-_F32 = jit.Kernel("attention", "paged_attention_f32", _SIGNATURE)
+_FLOATS = {
+    torch.float32: jit.Kernel("attention", "paged_attention_f32", _SIGNATURE),
+    torch.bfloat16: jit.Kernel("attention", "paged_attention_bf16", _SIGNATURE),
+    torch.float16: jit.Kernel("attention", "paged_attention_fp16", _SIGNATURE),
+}
 _INT8 = jit.Kernel("attention", "paged_attention_int8", _SIGNATURE)
 
 
@@ -105,8 +110,9 @@ def _paged_attention(
     gpu = triton_kernels() if q.is_cuda else None
     if gpu is not None:
         return gpu.paged_attention(q, key_cache, value_cache, *rest)
-    if q.device.type == "cpu" and key_cache.dtype == value_cache.dtype == torch.float32:
-        function = _F32.get()
+    kernel = _FLOATS.get(key_cache.dtype)
+    if kernel is not None and q.device.type == "cpu" and key_cache.dtype == value_cache.dtype:
+        function = kernel.get()
         if function is not None:
             return _run(function, q, key_cache, value_cache, None, *rest)
     return reference.paged_attention(q, key_cache, value_cache, *rest)
@@ -178,7 +184,8 @@ def paged_attention(
 
     Args:
         q: [T, H, D]; sequence n owns rows query_starts[n]:query_starts[n+1].
-        key_cache, value_cache: [B, Hkv, S, D] and [B, Hkv, S, Dv], blocks of S tokens.
+        key_cache, value_cache: [B, Hkv, S, D] and [B, Hkv, S, Dv], blocks of S tokens, of one float
+            dtype.
         block_tables: int32 [N, M], blocks of each sequence in order; entries that no query sees
             are not read.
         context_lens: int32 [N], tokens stored, this step's included; query i sits at

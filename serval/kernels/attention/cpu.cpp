@@ -1,4 +1,5 @@
-// Grouped-query attention over a paged cache, float32 or int8. Floors in __init__.py, algorithm in flash.h.
+// Grouped-query attention over a paged cache of float32, 16-bit or int8 numbers. Floors in __init__.py, algorithm
+// in flash.h.
 #include "plan.h"
 
 template <class T>
@@ -26,4 +27,6 @@ static int call(const float* q, int64_t q_row, int64_t q_head, int64_t heads, in
                    rows, scale, window, sinks, out, threads);                                                         \
   }
 INSTANCE(f32, float)
+INSTANCE(bf16, bf16)
+INSTANCE(fp16, fp16)
 INSTANCE(int8, int8_t)

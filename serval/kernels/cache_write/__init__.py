@@ -1,5 +1,5 @@
-"""Store new keys and values in a paged cache, float32 or int8 (quantised per token and head), in
-one call.
+"""Store new keys and values in a paged cache, float32, 16-bit, or int8 (quantised per token and
+head), in one call.
 
 Floor: each new element is read and written once. Both ops write into their cache arguments and
 return nothing.
@@ -15,7 +15,11 @@ from serval.kernels import jit
 from serval.kernels.cache_write import reference
 
 _SIGNATURE = "plll plll p plll plll p p llll i"
-_F32 = jit.Kernel("cache_write", "write_cache_f32", _SIGNATURE)
+_FLOATS = {
+    torch.float32: jit.Kernel("cache_write", "write_cache_f32", _SIGNATURE),
+    torch.bfloat16: jit.Kernel("cache_write", "write_cache_bf16", _SIGNATURE),
+    torch.float16: jit.Kernel("cache_write", "write_cache_fp16", _SIGNATURE),
+}
 _INT8 = jit.Kernel("cache_write", "write_cache_int8", _SIGNATURE)
 
 
@@ -64,7 +68,9 @@ def _usable(
 def _write_cache(
     k: Tensor, v: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> None:
-    function = _F32.get() if _usable((key_cache, value_cache), torch.float32) else None
+    kernel = _FLOATS.get(key_cache.dtype)
+    usable = kernel is not None and _usable((key_cache, value_cache), key_cache.dtype)
+    function = kernel.get() if usable and kernel is not None else None
     if function is None:
         reference.write_cache(k, v, slots, key_cache, value_cache)
     else:
@@ -112,8 +118,9 @@ def write_cache(
 ) -> None:
     """Store k [T, Hkv, D] and v [T, Hkv, Dv] in caches [B, Hkv, S, D] and [B, Hkv, S, Dv].
 
-    `slots` int64 [T] is block * S + offset; a negative slot skips its token. Raises CacheError for
-    a slot that does not exist, before anything is written.
+    `slots` int64 [T] is block * S + offset; a negative slot skips its token. Caches of 16 bits get
+    the nearest number; float16 saturates at its largest. Raises CacheError for a slot that does not
+    exist, before anything is written.
     """
     _check(k, v, slots, key_cache, value_cache)
     call = _write_cache if jit.plain(k, key_cache) else torch.ops.serval.write_cache

@@ -1,4 +1,5 @@
-// Scatter the keys and values of new tokens into a paged cache, as they are or quantised to int8 per token and head.
+// Scatter the keys and values of new tokens into a paged cache, as they are, rounded to 16 bits, or quantised to int8 per
+// token and head.
 // Floor: each new element is read once and written once.
 #include "simd.h"
 
@@ -22,8 +23,14 @@ static void store_row(const float* x, int64_t n, int8_t* codes, float* scale) {
   *scale = s;
 }
 
+template <class T> static void store_row(const float* x, int64_t n, T* to, float*) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(x + i));
+  if (i < n) store_some(to + i, load_some(x + i, n - i), n - i);
+}
+
 // Returns 1 when a slot lies outside the cache; negative slots are skipped. Nothing is written in case of error.
-template <bool INT8>
+template <class T>
 static int write(const Side* sides, const int64_t* slots, int64_t tokens, int64_t heads, int64_t page, int64_t blocks,
                  int threads) {
   for (int64_t t = 0; t < tokens; t++) if (slots[t] >= page * blocks) return 1;
@@ -37,8 +44,7 @@ static int write(const Side* sides, const int64_t* slots, int64_t tokens, int64_
         for (int64_t h = 0; h < heads; h++) {
           const float* from = s.rows + t * s.row + h * s.head;
           const int64_t at = block * s.block + h * s.cache_head + slot * s.slot;
-          if (INT8) store_row(from, s.dim, (int8_t*)s.cache + at, s.scales + (block * heads + h) * page + slot);
-          else memcpy((float*)s.cache + at, from, s.dim * sizeof(float));
+          store_row(from, s.dim, (T*)s.cache + at, s.scales ? s.scales + (block * heads + h) * page + slot : nullptr);
         }
       }
     }
@@ -55,5 +61,9 @@ static int write(const Side* sides, const int64_t* slots, int64_t tokens, int64_
   const Side sides[2] = {{k, k_row, k_head, k_dim, kc, k_block, kc_head, k_slot, ks},                                 \
                          {v, v_row, v_head, v_dim, vc, v_block, vc_head, v_slot, vs}};
 
-EXPORT int write_cache_f32(SIGNATURE) { BODY return write<false>(sides, slots, tokens, heads, page, blocks, threads); }
-EXPORT int write_cache_int8(SIGNATURE) { BODY return write<true>(sides, slots, tokens, heads, page, blocks, threads); }
+#define INSTANCE(name, T) \
+  EXPORT int write_cache_##name(SIGNATURE) { BODY return write<T>(sides, slots, tokens, heads, page, blocks, threads); }
+INSTANCE(f32, float)
+INSTANCE(bf16, bf16)
+INSTANCE(fp16, fp16)
+INSTANCE(int8, int8_t)

@@ -11,7 +11,11 @@ def _scatter(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
     slots are skipped."""
     kept = slots >= 0
     block, offset = slots[kept] // cache.shape[2], slots[kept] % cache.shape[2]
-    cache[block, :, offset] = rows[kept].to(cache.dtype)
+    rows = rows[kept]
+    if cache.dtype == torch.float16:  # an infinity would turn attention into NaN
+        largest = torch.finfo(torch.float16).max
+        rows = rows.float().clamp(-largest, largest)
+    cache[block, :, offset] = rows.to(cache.dtype)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +31,7 @@ def write_cache(
     k: Tensor, v: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> None:
     """Store k [T, Hkv, D], v [T, Hkv, Dv] in caches [B, Hkv, S, D|Dv] at `slots` int64 [T] (block *
-    S + offset)."""
+    S + offset), in the caches' dtype; float16 saturates."""
     _scatter(k, slots, key_cache)
     _scatter(v, slots, value_cache)
 

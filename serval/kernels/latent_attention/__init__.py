@@ -1,10 +1,10 @@
 """Multi-head latent attention over a paged latent cache, absorbed form, for decode and short
 prefill.
 
-Floor: each visible latent row is read once, `4 (C + R)` bytes, and costs `2 H (2 C + R)`
-operations; with the head counts of real models (16 to 128) it is bound by arithmetic, so keys are
-used as they lie in the cache by register tiles over the heads, and the latent part of the same row,
-still in cache, is the value.
+Floor: each visible latent row is read once, `C + R` numbers of the cache's dtype, and costs
+`2 H (2 C + R)` operations; with the head counts of real models (16 to 128) it is bound by
+arithmetic, so keys are used as they lie in the cache by register tiles over the heads, and the
+latent part of the same row, still in cache, is the value.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from serval.kernels import jit
 from serval.kernels.attention import check_status, int32, triton_kernels
 from serval.kernels.latent_attention import reference
 
-_F32 = jit.Kernel(
-    "latent_attention", "paged_latent_attention_f32", "plll l plll plll l pl pp ll f p i"
-)
+_SIGNATURE = "plll l plll plll l pl pp ll f p i"
+_FLOATS = {
+    torch.float32: jit.Kernel("latent_attention", "paged_latent_attention_f32", _SIGNATURE),
+    torch.bfloat16: jit.Kernel("latent_attention", "paged_latent_attention_bf16", _SIGNATURE),
+    torch.float16: jit.Kernel("latent_attention", "paged_latent_attention_fp16", _SIGNATURE),
+}
 
 
 def _paged_latent_attention(
@@ -30,8 +33,8 @@ def _paged_latent_attention(
         return gpu.paged_latent_attention(
             q_latent, q_rope, cache, block_tables, context_lens, query_starts, scale
         )
-    on_cpu = q_latent.device.type == "cpu" and cache.dtype == torch.float32
-    function = _F32.get() if on_cpu else None
+    kernel = _FLOATS.get(cache.dtype) if q_latent.device.type == "cpu" else None
+    function = None if kernel is None else kernel.get()
     if function is None:
         return reference.paged_latent_attention(
             q_latent, q_rope, cache, block_tables, context_lens, query_starts, scale
