@@ -21,7 +21,7 @@ from torch import Tensor
 
 from serval.errors import ConfigError
 from serval.kernels.w4a8 import gpu_layout
-from serval.kernels.w4a8.overflow import INT32_MAX, accumulator_bound
+from serval.kernels.w4a8.overflow import INT32_MAX, LARGEST_ACTIVATION, accumulator_bound
 
 PANEL = 16  # output channels in a panel
 CELL_INPUTS = {8: 4, 4: 8}  # inputs in a cell by bits
@@ -238,6 +238,11 @@ def _check_codes(codes: Tensor, bits: int, integer: Tensor | None, first: int) -
             "lie in [-8, 7]"
         )
     rows, groups, size = codes.shape
+    # Were every code the largest there is: mostly that fits, and codes need not be summed.
+    largest = LARGEST_ACTIVATION * (1 << (bits - 1)) * size
+    factors = 1 if integer is None else int(integer.long().abs().sum(-1).max()) if rows else 0
+    if largest * factors <= INT32_MAX:
+        return
     if integer is not None:
         bounds = accumulator_bound(codes.reshape(rows, -1), integer)
     else:  # every group has a sum of its own
