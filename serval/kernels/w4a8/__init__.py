@@ -48,7 +48,22 @@ _ACTIVATIONS = {"token": 0, "static": 1, "none": 2}
 _MODES = {"channel": 0, "integer": 1, "float": 2}
 
 
-def _check(x: Tensor, packed: PackedWeight, activations: str, input_scale: float | None) -> None:
+def _check(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    activations: str,
+    input_scale: float | None,
+) -> None:
+    if packed.experts is not None:
+        raise ValueError(
+            f"quantized_linear got a stack of {packed.experts} weights; use "
+            "quantized_grouped_linear, or one expert of the stack"
+        )
+    if bias is not None and tuple(bias.shape) != (packed.outputs,):
+        raise ValueError(
+            f"quantized_linear got a bias {tuple(bias.shape)} for {packed.outputs} outputs"
+        )
     if x.shape[-1] != packed.inputs:
         raise ValueError(
             f"quantized_linear got inputs of {x.shape[-1]} features for a weight "
@@ -213,7 +228,7 @@ def quantized_linear(
     rounds each row of x to int8 by its own scale, "static" by `input_scale`, "none" keeps x in
     float. Returns [..., N] in x's dtype. Raises ValueError for shapes and options that do not fit.
     """
-    _check(x, packed, activations, input_scale)
+    _check(x, packed, bias, activations, input_scale)
     if jit.plain(x, packed.data):
         return _one(x, packed, bias, activations, input_scale)
     return torch.ops.serval.quantized_linear(
@@ -237,8 +252,8 @@ def quantized_linear_multi(
         raise ValueError(
             f"quantized_linear_multi got {len(packed)} weights and {len(biases)} biases"
         )
-    for layer in packed:
-        _check(x, layer, activations, input_scale)
+    for layer, bias in zip(packed, biases, strict=True):
+        _check(x, layer, bias, activations, input_scale)
     alike = len({_scheme(layer) for layer in packed}) == 1
     if alike and jit.plain(x, packed[0].data) and all(_usable(x, layer) for layer in packed):
         return _together(x, packed, biases, activations, input_scale)
@@ -266,29 +281,34 @@ def quantized_grouped_linear(
     row counts that sum to R; biases [E, N]. Returns [R, N] in x's dtype. Experts without rows cost
     nothing.
     """
+    stack: PackedWeight | None = None
+    each: Sequence[PackedWeight] = ()
     if isinstance(packed, PackedWeight):
-        experts, first, one = packed.experts, packed, packed.expert
+        stack, experts, outputs = packed, packed.experts or 0, packed.outputs
     else:
-        experts, first, one = len(packed), packed[0], packed.__getitem__
-    if experts != len(counts) or sum(counts) != x.shape[0]:
+        each, experts, outputs = packed, len(packed), packed[0].outputs if packed else 0
+    if experts != len(counts) or sum(counts) != x.shape[0] or min(counts, default=-1) < 0:
         raise ValueError(
-            f"quantized_grouped_linear got {experts} experts, {len(counts)} counts that sum to "
-            f"{sum(counts)}, and {x.shape[0]} rows; counts must name every expert and every row"
+            f"quantized_grouped_linear got {experts} experts, counts {list(counts)}, and "
+            f"{x.shape[0]} rows; counts must name every expert and every row"
         )
-    gpu = (
-        _triton(x, first) if isinstance(packed, PackedWeight) and jit.plain(x, first.data) else None
-    )
-    if gpu is not None:
-        _check(x, first, activations, input_scale)
-        return gpu.quantized_grouped_linear(x, packed, counts, biases, activations, input_scale)
-    weights = {index: one(index) for index, count in enumerate(counts) if count}
+    if biases is not None and tuple(biases.shape) != (experts, outputs):
+        raise ValueError(
+            f"quantized_grouped_linear got biases {tuple(biases.shape)} for {experts} experts of "
+            f"{outputs} outputs"
+        )
+    hit = [index for index, count in enumerate(counts) if count]
+    weights = {index: each[index] if stack is None else stack.expert(index) for index in hit}
     for weight in weights.values():
-        _check(x, weight, activations, input_scale)
+        _check(x, weight, None, activations, input_scale)
+    plain = all(jit.plain(x, weight.data) for weight in weights.values())
+    gpu = None if stack is None or not plain else _triton(x, stack)
+    if gpu is not None:
+        return gpu.quantized_grouped_linear(x, stack, counts, biases, activations, input_scale)
     alike = len({(_scheme(w), w.outputs) for w in weights.values()}) == 1
-    plain = jit.plain(x, first.data) and all(_usable(x, w) for w in weights.values())
-    if alike and plain:
+    if alike and plain and all(_usable(x, w) for w in weights.values()):
         return _grouped(x, weights, counts, biases, activations, input_scale)
-    out = x.new_empty(x.shape[0], first.outputs)
+    out = x.new_empty(x.shape[0], outputs)
     start = 0
     for index, weight in weights.items():
         rows = slice(start, start + counts[index])
