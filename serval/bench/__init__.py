@@ -30,6 +30,9 @@ BENCHES: dict[str, Entry] = {
     "prefill": Entry("serval.bench.prefill:collect", "tokens/s of prefill, Llama-3.2-1B shape"),
     "train": Entry("serval.bench.train:collect", "training tokens/s against transformers.Trainer"),
     "optim": Entry("serval.bench.optim:collect", "Muon and MONA steps against torch.optim.Muon"),
+    "optim-quality": Entry(
+        "serval.bench.optim_quality:collect", "AdamW, Muon and MONA train small language models"
+    ),
     "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
 }
 

@@ -24,7 +24,7 @@ from serval.kernels.bandwidth import float32_roof, matmul_roof
 from serval.models.config import ModelConfig, MoEConfig
 from serval.models.decoder import Decoder
 from serval.optim import OptimizerOptions, Role, build, route
-from serval.optim.groups import NamedParameter
+from serval.optim.groups import DEFAULT_ROLE_OPTIONS, NamedParameter
 from serval.train.cpu import keep_freed_memory
 
 LLAMA_100M = ModelConfig(
@@ -51,6 +51,7 @@ MOE_64 = ModelConfig(
 TINY = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
 LISTS = {"llama-100m": LLAMA_100M, "moe-64experts": MOE_64}
 ORTHOGONALISED = (Role.HIDDEN_MATRIX, Role.EXPERT_STACK)
+RATE, DECAY = 1e-4, 0.1
 FLOAT32 = "torch.optim.Muon float32"
 BFLOAT16 = "torch.optim.Muon"
 OURS = {"muon": "float32", "mona": "float32", "mona-lite": "float32", "muon bfloat16": "bfloat16"}
@@ -132,7 +133,9 @@ class ServalSteps(Steps):
 
     def __init__(self, work: Work, name: str, dtype: str) -> None:
         super().__init__(work)
-        self.optimizer = build(name, self.decoder, OptimizerOptions(lr=1e-4, ns_dtype=dtype))
+        self.optimizer = build(
+            name, self.decoder, OptimizerOptions(lr=RATE, weight_decay=DECAY, ns_dtype=dtype)
+        )
         self.step()
 
     def step(self) -> None:
@@ -167,10 +170,15 @@ class TorchSteps(Steps):
             use_float32()
         routed = route(self.decoder)
         hidden = [m for n in routed if n.role in ORTHOGONALISED for m in matrices_of(n)]
-        rest = [n.parameter for n in routed if n.role not in ORTHOGONALISED]
+        rest: dict[float, list[torch.nn.Parameter]] = {}
+        for named in routed:
+            if named.role not in ORTHOGONALISED:
+                own = DEFAULT_ROLE_OPTIONS[named.role].weight_decay
+                rest.setdefault(DECAY if own is None else own, []).append(named.parameter)
+        groups = [{"params": members, "weight_decay": decay} for decay, members in rest.items()]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(hidden, lr=1e-4, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=1e-4, betas=(0.9, 0.95), fused=True),
+            torch.optim.Muon(hidden, lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True),
         ]
         self.step()
 
