@@ -163,29 +163,77 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     weights: Annotated[str, typer.Option(help="Method; see `serval methods`.")] = "int8",
+    bits: Annotated[int | None, typer.Option(help="4 or 8 (default: the method's).")] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help="Inputs that share a scale, or 'channel'.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="token, static or none (float activations).")
+    ] = None,
+    scales: Annotated[str | None, typer.Option(help="float or integer group scales.")] = None,
+    head: Annotated[
+        int | None, typer.Option(help="8: the output head (and a tied embedding) in 8 bits.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Shell pattern of matrices to keep in float.")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="Other scheme by pattern: '*down_proj:bits=8'.")
+    ] = None,
+    rotate: Annotated[str | None, typer.Option(help="Rotation before it, e.g. hadamard.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="pack-quantized or int-quantized (default: by bits).")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text (file, folder, JSONL), 'stdlib', 'self' or 'random'.")
+    ] = "stdlib",
+    text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration samples.")] = 0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the method: --set head=true")
+        list[str] | None, typer.Option("--set", help="A field of the method: --set damping=0.1")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
     json_path: Json = None,
 ) -> None:
-    """Quantise a checkpoint's weights into a standard checkpoint directory."""
-    from serval.compress import CompressOptions, run
+    """Quantise a checkpoint's weights, block by block, into a standard checkpoint directory.
+
+    An interrupted run goes on when it is started again."""
+    from serval.compress import Calibration, CompressOptions, report, run
     from serval.evaluate.progress import progress_bar
     from serval.evaluate.report import write_json
 
-    chosen = arguments.settings("--set", settings or [])
-    options = CompressOptions(model, out, weights, chosen, force)
-    with progress_bar(Console(stderr=True)) as progress:
-        result = run(options, lambda done, total, name: progress("compressing", done, total))
-    saved = result.bytes_before / result.bytes_after
-    print(
-        f"wrote {result.directory}: {result.bytes_before / 1e6:.1f} MB to "
-        f"{result.bytes_after / 1e6:.1f} MB ({saved:.2f}x smaller), "
-        f"{len(result.quantised)} modules in {weights}, {result.seconds:.1f} s"
+    options = CompressOptions(
+        model,
+        out,
+        weights=weights,
+        bits=bits,
+        group_size=group_size,
+        activations=activations,  # type: ignore[arg-type]  # checked with the method
+        scales=scales,  # type: ignore[arg-type]
+        head=head,
+        ignore=ignore or [],
+        overrides=override or [],
+        rotate=rotate,
+        format=format,  # type: ignore[arg-type]
+        calibration=Calibration(calibration, samples, length, text_field, seed),
+        settings=arguments.settings("--set", settings or []),
+        force=force,
     )
-    for module, why in result.kept.items():
-        print(f"kept in float: {module} ({why})")
+    errors = Console(stderr=True)
+    try:
+        with progress_bar(errors) as progress:
+            result = run(
+                options,
+                lambda done, total, name: progress("compressing", done, total),
+                lambda line: errors.print(line, highlight=False),
+            )
+    except KeyboardInterrupt:
+        print("serval: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    for part in report.summary(result, options):
+        Console().print(part, highlight=False, soft_wrap=True)
     if json_path is not None:
         write_json(result.to_dict(), json_path)
 

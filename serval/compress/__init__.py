@@ -1,25 +1,36 @@
 """Compressing weights: quantised modules that take the place of linears, embeddings and experts.
 
-    result = run(CompressOptions("assets/serval-tiny", "out", weights="int8"))
+    result = run(CompressOptions("assets/serval-tiny", "out", weights="gptq"))
+    compress_decoder(decoder, Method(weights="rtn", bits=4, group_size=64))
 
-A compressor (`COMPRESSORS`, one file per method) is a dataclass whose fields are the method's
-parameters; see `Compressor` for what it implements. `targets.py` knows which modules of a decoder
-may be replaced and how they are called in a checkpoint, `install.py` puts quantised modules
-(`modules.py`, `expert_stack.py`) in their place, `storage.py` and `compressed_tensors.py` translate
-to and from compressed-tensors' files, `pipeline.py` is the `serval compress` command.
+A method is one file and one line in `RECIPES`; `recipe.py` says what it implements and `block.py`
+what it sees. `blockwise.py` takes a decoder through a method part by part, `pipeline.py` is the
+`serval compress` command around it. `install.py` puts quantised modules (`modules.py`,
+`expert_stack.py`) into a decoder; `storage.py` and `compressed_tensors.py` translate to and from
+compressed-tensors' files.
 """
 
 from __future__ import annotations
 
-from serval.compress.compressor import CompressionReport, Compressor
-from serval.compress.pipeline import CompressOptions, CompressResult, run
-from serval.compress.registry import COMPRESSORS
+from serval.compress.calibrate import Calibration
+from serval.compress.method import Method
+from serval.compress.pipeline import (
+    Compression,
+    CompressOptions,
+    CompressResult,
+    compress_decoder,
+    run,
+)
+from serval.compress.registry import RECIPES, ROTATIONS
 
 __all__ = [
-    "COMPRESSORS",
+    "RECIPES",
+    "ROTATIONS",
+    "Calibration",
     "CompressOptions",
     "CompressResult",
-    "CompressionReport",
-    "Compressor",
+    "Compression",
+    "Method",
+    "compress_decoder",
     "run",
 ]

@@ -84,12 +84,14 @@ class Site:
     name: the checkpoint's name of the norm, or of the linear or stack of experts, whose input this
     is. place: what produces the input and all that reads it, routers included. inputs: what is
     read; several with a mixture of experts. stage: sites of one stage do not feed each other.
+    dtype: in which norms are stored.
     """
 
     name: str
     place: InputSite
     inputs: list[LinearInput]
     stage: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -114,8 +116,9 @@ class Site:
 
     def fold(self, scale: Tensor) -> None:
         """Divide the channels by `scale` [K] where they are made and multiply every reader's
-        columns by it: the block computes the same. Statistics follow. Raises ConfigError when
-        nothing can absorb it or a scale is not positive and finite."""
+        columns by it: the block computes the same. Statistics follow. Before a norm the scale is
+        adjusted so that its gain, which is stored in `dtype`, needs no rounding. Raises ConfigError
+        when nothing can absorb it or a scale is not positive and finite."""
         if not self.place.foldable:
             raise ConfigError(f"the inputs of {self.name!r} cannot be scaled: {self.place.stuck}")
         scale = scale.detach().float()
@@ -125,6 +128,10 @@ class Site:
                 f"scales for the inputs of {self.name!r} must be {self.place.width} positive "
                 f"numbers, got {int(valid.sum())} of {scale.numel()}"
             )
+        if self.place.norm is not None:
+            gain = self.place.norm.weight.detach()
+            stored = (gain / scale).to(self.dtype).float()
+            scale = torch.where(stored == 0, scale, gain / stored)
         self.place.fold(scale)
         for part in self.inputs:
             if part.statistics is not None:
@@ -210,11 +217,7 @@ def find_block(module: nn.Module, index: int, rename: Callable[[str], str]) -> B
     prefix = f"layers.{index}"
     places = list(input_sites(module))
     take_experts_apart(module)
-    matrices = {
-        path: Matrix(_checkpoint_name(prefix, path, rename), path, linear)
-        for path, linear in module.named_modules()
-        if isinstance(linear, nn.Linear)
-    }
+    matrices = find_matrices(module, prefix, rename)
     sites: list[Site] = []
     stage = 0
     for place in places:
@@ -225,6 +228,18 @@ def find_block(module: nn.Module, index: int, rename: Callable[[str], str]) -> B
         inputs = [LinearInput([matrices[path] for path in paths]) for paths in _inputs(place)]
         sites.append(Site(rename(f"{prefix}.{place.name}"), place, inputs, stage))
     return Block(index, rename(prefix), module, sites, list(matrices.values()))
+
+
+def find_matrices(
+    module: nn.Module, prefix: str, rename: Callable[[str], str]
+) -> dict[str, Matrix]:
+    """Every linear in `module`, the decoder's part `prefix`, by its path in it. Stacks of experts
+    must have been taken apart."""
+    return {
+        path: Matrix(_checkpoint_name(prefix, path, rename), path, linear)
+        for path, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
+    }
 
 
 def _ends_attention(place: InputSite) -> bool:

@@ -22,7 +22,7 @@ calibration inputs is rounded to nearest, where the paper's code sets its weight
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -49,11 +49,13 @@ class GPTQ(Recipe):
     static_groups: bool = True
     search: Search = "max"
     block: int = 128
-    _factor: tuple[InputStatistics, Factor] | None = field(default=None, init=False, repr=False)
 
     statistics: ClassVar[frozenset[Wanted]] = frozenset({"hessian"})
     inputs: ClassVar[Literal["float", "quantized"]] = "quantized"
     stepwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._factor: tuple[InputStatistics, Factor] | None = None
 
     def quantize(self, matrix: Matrix) -> QuantizedWeight:
         assert matrix.scheme is not None

@@ -1,113 +1,199 @@
-"""`serval compress MODEL --weights METHOD --out DIR`: from a checkpoint to a compressed one."""
+"""`serval compress MODEL --weights METHOD --out DIR`: from a checkpoint to a compressed one.
+
+Blocks are read from the source one at a time and written when they are done, so memory holds one
+block in float, its calibration statistics and the calibration samples, whatever the model's size.
+"""
 
 from __future__ import annotations
 
-import shutil
-import time
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
-from serval.compress.compressor import Progress
-from serval.compress.registry import COMPRESSORS
+import serval
+from serval.compress.blockwise import Blockwise, Part, PartReport, Progress
+from serval.compress.calibrate import Calibration
+from serval.compress.compressed_tensors import quantization_config_of
+from serval.compress.method import Method
+from serval.compress.stores import CheckpointStore, MemoryStore, untie
+from serval.compress.workspace import Workspace
 from serval.errors import CheckpointError, ConfigError
 from serval.models import checkpoint
 from serval.models.checkpoint.files import TOKENIZER_FILES, list_tensors, locate
+from serval.models.checkpoint.reading import OpenCheckpoint
 from serval.models.checkpoint.safetensors_file import StoredTensor
-from serval.registry import resolve
+from serval.models.checkpoint.writing import choose_family, repeated_tensors, write_checkpoint
+from serval.models.decoder import Decoder
 
+REPORT = "compression.json"  # beside the weights: how they were made
 _ALSO_COPIED = ("recipe.yaml",)  # tells which text the model was trained on, and which held out
+
+Note = Callable[[str], None]
 
 
 @dataclass
-class CompressOptions:
-    """model: checkpoint directory or hub name. out: directory to write. weights: a name of
-    `COMPRESSORS`. settings: fields of that method. force: replace a checkpoint at `out`."""
+class CompressOptions(Method):
+    """model: checkpoint directory or hub name. out: directory to write. calibration: which tokens,
+    for recipes that need any. force: replace a checkpoint at `out`."""
 
     model: str | Path
     out: str | Path
-    weights: str = "int8"
-    settings: dict[str, Any] = field(default_factory=dict)
-    force: bool = False
+    calibration: Calibration = field(default_factory=Calibration, kw_only=True)
+    force: bool = field(default=False, kw_only=True)
 
 
 @dataclass
-class CompressResult:
-    """What was written, and what it weighs. bytes: of all stored tensors, before and after.
-    kept: checkpoint name of each module left in float -> why."""
+class Compression:
+    """What became of a decoder's matrices, by their names in the checkpoint.
 
-    directory: Path
-    weights: str
-    bytes_before: int
-    bytes_after: int
-    quantised: list[str]
-    kept: dict[str, str]
-    seconds: float
+    quantised: its scheme. errors: |W - Q| / |W|. kept: why others stayed in float. fell_back: why
+    some were not done as asked. plan: what the recipe decided. part_seconds: time by part.
+    """
+
+    quantised: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    fell_back: dict[str, str] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    part_seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parts: dict[str, PartReport]) -> Compression:
+        made = cls(part_seconds={name: round(part.seconds, 2) for name, part in parts.items()})
+        for part in parts.values():
+            for key in ("quantised", "errors", "kept", "fell_back", "plan"):
+                getattr(made, key).update(getattr(part, key))
+        return made
+
+
+@dataclass
+class CompressResult(Compression):
+    """What was written, and what it weighs. bytes: of all stored tensors, before and after."""
+
+    directory: Path = Path()
+    weights: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "directory": str(self.directory)}
 
 
-def run(options: CompressOptions, progress: Progress | None = None) -> CompressResult:
-    """Load, quantise module by module, save. The peak is the source model plus one module.
+def run(
+    options: CompressOptions, progress: Progress | None = None, note: Note | None = None
+) -> CompressResult:
+    """Compress a checkpoint. note: is told a line per finished block.
 
-    The output is complete or absent. Raises ConfigError for options that do not fit and
-    CheckpointError naming a weight that is missing or not finite, or a full disk.
+    The output is complete or absent. A run that was interrupted (by Ctrl-C, or killed) goes on
+    where it stopped when it is started again with the same options. Raises ConfigError for options
+    that do not fit, DataError for calibration text that is missing or empty, CheckpointError naming
+    a weight that is missing or not finite, or a full disk.
     """
-    start = time.perf_counter()
-    compressor = make_compressor(options.weights, options.settings)
+    start = perf_counter()
+    resolved = options.resolve()
     source, out = locate(options.model), Path(options.out)
     _check_output(source, out, options.force)
     stored = list_tensors(source)
-    before = _stored_bytes(stored)
-    decoder = checkpoint.load(source, dtype=_stored_dtype([t.dtype for t in stored.values()]))
-    if decoder.quantization_config is not None:
-        raise ConfigError(
-            f"{source} is already quantised; compress the checkpoint it was made from instead"
-        )
-    report = compressor.compress(decoder, progress)
-    if not report.quantised:
-        raise ConfigError(
-            f"no module of {source} would be quantised: all {len(report.kept)} were kept in float "
-            f"({', '.join(sorted(set(report.kept.values())))}); keep fewer with --set ignore=[...]"
-        )
-    has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
-    checkpoint.save(decoder, out, tokenizer_dir=source if has_tokenizer else None)
-    _copy_beside(source, out)
-    return CompressResult(
-        directory=out,
-        weights=options.weights,
-        bytes_before=before,
-        bytes_after=_stored_bytes(list_tensors(out)),
-        quantised=report.quantised,
-        kept=report.kept,
-        seconds=time.perf_counter() - start,
-    )
-
-
-def make_compressor(name: str, settings: dict[str, Any]) -> Any:
-    """The compressor `name` with its fields set; raises ConfigError naming an unknown field, or
-    one whose value has the wrong type."""
-    kind = resolve(COMPRESSORS, name, "compressor")
-    known = [f.name for f in fields(kind)]
-    for key in settings:
-        if key not in known:
+    dtype = _stored_dtype([tensor.dtype for tensor in stored.values()])
+    with OpenCheckpoint(source, dtype) as opened:
+        decoder = opened.decoder.eval()
+        if decoder.quantization_config is not None:
             raise ConfigError(
-                f"compressor {name!r} has no setting {key!r}; it has: {', '.join(known) or 'none'}"
+                f"{source} is already quantised; compress the checkpoint it was made from instead"
             )
-    try:
-        return TypeAdapter(kind).validate_python(settings)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(str(part) for part in wrong["loc"])
-        raise ConfigError(
-            f"setting {key!r} of compressor {name!r}: {wrong['msg']}, got {wrong['input']!r}"
-        ) from error
+        float_config = decoder.config
+        if resolved.rotation is not None:
+            untie(decoder, resolved.rotation.config(float_config))
+        family = choose_family(decoder.config)
+        work = Blockwise(
+            decoder,
+            resolved.recipe,
+            resolved.schemes(decoder),
+            dtype,
+            lambda: options.calibration.tokens(float_config, source, lambda: _float_model(source)),
+            resolved.integer_scale,
+            resolved.rotation,
+            resolved.format,
+        )
+        key = _key(options, stored, work.calibrates)
+        with Workspace(out, key) as workspace:
+            tell = None if note is None else _teller(note)
+            parts = work.run(CheckpointStore(opened, workspace, dtype, tell), progress)
+            decoder.quantization_config = quantization_config_of(decoder)
+            tensors = workspace.tensors()
+            tensors += repeated_tensors(decoder, family, tensors, dtype)
+            result = CompressResult(
+                **asdict(Compression.of(parts)),
+                directory=out,
+                weights=options.weights,
+                bytes_before=_stored_bytes(stored),
+                bytes_after=sum(tensor.nbytes for tensor in tensors),
+            )
+            write_checkpoint(
+                out,
+                decoder,
+                family,
+                tensors,
+                tokenizer_dir=source if _has_tokenizer(source) else None,
+                also=_also(source, options, result),
+                staging_parent=workspace.path,
+            )
+    result.seconds = perf_counter() - start
+    return result
+
+
+def compress_decoder(
+    decoder: Decoder,
+    method: Method,
+    tokens: Sequence[Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Compression:
+    """Compress a decoder in memory, in place. tokens: int64 [T] per calibration sample, for methods
+    that need any (None: random ones). Its weights pass through float32 one block at a time; what
+    stays in float keeps its dtype. Raises as `run`."""
+    resolved = method.resolve()
+    dtype = decoder.norm.weight.dtype
+    if resolved.rotation is not None:
+        untie(decoder, resolved.rotation.config(decoder.config))
+    samples = list(tokens) if tokens is not None else None
+    work = Blockwise(
+        decoder,
+        resolved.recipe,
+        resolved.schemes(decoder),
+        dtype,
+        lambda: samples or Calibration("random").tokens(decoder.config, Path(), lambda: decoder),
+        resolved.integer_scale,
+        resolved.rotation,
+        resolved.format,
+    )
+    made = Compression.of(work.run(MemoryStore(decoder, dtype), progress))
+    decoder.quantization_config = quantization_config_of(decoder)
+    return made
+
+
+def _float_model(source: Path) -> Decoder:
+    return checkpoint.load(source, dtype=torch.float32)
+
+
+def _teller(note: Note) -> Callable[[Part, PartReport], None]:
+    def tell(part: Part, report: PartReport) -> None:
+        if report.quantised:
+            kinds = Counter(report.quantised.values())
+            counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            errors = list(report.errors.values())
+            mean = f", mean error {sum(errors) / len(errors):.4f}" if errors else ""
+            note(f"{part.name}: {report.seconds:.1f} s, {counted}{mean}")
+
+    return tell
 
 
 def _check_output(source: Path, out: Path, force: bool) -> None:
@@ -119,16 +205,31 @@ def _check_output(source: Path, out: Path, force: bool) -> None:
         raise ConfigError(f"--out {out} is not empty; choose another directory, or pass --force")
 
 
-def _copy_beside(source: Path, out: Path) -> None:
-    for name in _ALSO_COPIED:
-        if (source / name).is_file():
-            try:
-                shutil.copyfile(source / name, out / name)
-            except OSError as error:
-                (out / name).unlink(missing_ok=True)
-                raise CheckpointError(
-                    f"{out} is complete, but {name} could not be copied to it: {error.strerror}"
-                ) from error
+def _key(options: CompressOptions, stored: dict[str, StoredTensor], calibrates: bool) -> str:
+    """A digest of everything that changes the result."""
+    files = sorted({tensor.path for tensor in stored.values()})
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    chosen = {k: v for k, v in asdict(options).items() if k not in ("out", "force")}
+    text = options.calibration.state() if calibrates else ""
+    values = [serval.__version__, torch.get_num_threads(), chosen, states, text]
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()
+
+
+def _has_tokenizer(source: Path) -> bool:
+    return any((source / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _also(source: Path, options: CompressOptions, result: CompressResult) -> dict[str, bytes]:
+    """More files for the output: how it was made, and what the source says of its training."""
+    made = asdict(options)
+    for key in ("model", "out", "force"):
+        del made[key]
+    report = {key: getattr(result, key) for key in ("quantised", "kept", "fell_back", "plan")}
+    text = json.dumps({"method": made, **report}, indent=1, default=str)
+    copied = {
+        name: (source / name).read_bytes() for name in _ALSO_COPIED if (source / name).is_file()
+    }
+    return {REPORT: text.encode() + b"\n", **copied}
 
 
 def _stored_bytes(stored: dict[str, StoredTensor]) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, Protocol
 
+from rich.console import RenderableType
 from torch import nn
 
 from serval.compress.block import Block, Matrix
@@ -33,8 +34,9 @@ class Recipe(ABC):
     default_scheme: what the command line may override. statistics: which ones `prepare_block` and
     `quantize` read; without any, no calibration runs (unless activations are static). inputs:
     "float": those the float model computes, "quantized": those the already quantised blocks before
-    compute. stepwise: with "quantized" inputs, gather anew for each stage of a block, after the
-    stages before it have been quantised (GPTQ's "true sequential"). wants_data: set `block.data`.
+    compute. stepwise: with "quantized" inputs, gather statistics for each stage of a block after
+    the stages before it have been quantised (GPTQ's "true sequential"); `prepare_block` then has
+    none. wants_data: set `block.data`. The last three may be set per instance.
     """
 
     default_scheme: ClassVar[WeightScheme] = WeightScheme(bits=4, group_size=128)
@@ -42,6 +44,10 @@ class Recipe(ABC):
     inputs: ClassVar[Literal["float", "quantized"]] = "float"
     stepwise: ClassVar[bool] = False
     wants_data: ClassVar[bool] = False
+
+    def table(self, plan: dict[str, Any]) -> RenderableType | None:
+        """How to print a plan, all blocks' entries together; None: nothing to print."""
+        return None
 
     def prepare_block(self, block: Block) -> dict[str, Any]:
         """Change the float block before it is quantised, without changing what it computes.

@@ -1,19 +1,16 @@
-"""Which weight compressors exist: the name given to `--weights` -> where it lives."""
+"""Which weight compressors exist: the name given to `--weights` or `--rotate` -> where it lives."""
 
 from __future__ import annotations
 
 from serval.registry import Entry
 
-COMPRESSORS: dict[str, Entry] = {
+# `serval.compress.recipe.Recipe`: block by block, with or without calibration.
+RECIPES: dict[str, Entry] = {
     "int8": Entry(
         "serval.compress.int8:Int8",
         "int8 weights per output channel, int8 activations per token (W8A8)",
         "2208.07339",
     ),
-}
-
-# Methods that go block by block, with or without calibration: `serval.compress.recipe.Recipe`.
-RECIPES: dict[str, Entry] = {
     "rtn": Entry("serval.compress.rtn:RoundToNearest", "each weight to the nearest code"),
     "gptq": Entry(
         "serval.compress.gptq:GPTQ", "rounding errors are made good by later columns", "2210.17323"

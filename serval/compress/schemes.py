@@ -11,6 +11,7 @@ from serval.compress.scheme import WeightScheme
 from serval.errors import ConfigError
 
 CHANNEL = "channel"
+_SMALLEST_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ _READ: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SchemeRules:
-    """default: for every matrix. overrides: the last one whose pattern fits counts. ignore:
-    patterns of matrices to keep in float."""
+    """default: for every matrix. fit: halve the default's group size until it divides a matrix's
+    inputs, for a size nobody asked for; else it must divide them. overrides: for the matrices they
+    fit, in this order. ignore: patterns of matrices to keep in float."""
 
     default: WeightScheme
+    fit: bool = False
     overrides: Sequence[Override] = field(default_factory=tuple)
     ignore: Sequence[str] = field(default_factory=tuple)
 
@@ -89,7 +92,7 @@ class SchemeRules:
     def scheme(self, name: str, inputs: int) -> WeightScheme:
         """Of the matrix `name` with `inputs` columns; raises ConfigError naming it when its groups
         do not divide them."""
-        scheme = self.default
+        scheme = self._fitted(inputs) if self.fit else self.default
         for override in self.overrides:
             if fnmatch.fnmatchcase(name, override.pattern):
                 changes = dict(override.changes)
@@ -103,3 +106,10 @@ class SchemeRules:
                 f"{name}: {error} (--ignore {name}, or --override '{name}:group_size=...')"
             ) from error
         return scheme
+
+    def _fitted(self, inputs: int) -> WeightScheme:
+        size = self.default.group_size
+        while size is not None and inputs % size:
+            size = size // 2 if size > _SMALLEST_GROUP else None
+        scales = "float" if size is None else self.default.scales
+        return replace(self.default, group_size=size, scales=scales)

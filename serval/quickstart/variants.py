@@ -21,7 +21,8 @@ BATCHES = (1, 8)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model. weights: a compressor's name with its settings, None: as they are;
+    """One way to run the model. weights: a method's name, None: as they are; settings:
+    more fields of `compress.Method`;
     kv: a cache layout."""
 
     name: str
@@ -38,8 +39,8 @@ class Variant:
 
 VARIANTS = (
     Variant("full precision"),
-    Variant("int8 weights", weights="int8", settings={"head": True}),
-    Variant("int8 weights + int8 cache", weights="int8", settings={"head": True}, kv="int8"),
+    Variant("int8 weights", weights="int8", settings={"head": 8}),
+    Variant("int8 weights + int8 cache", weights="int8", settings={"head": 8}, kv="int8"),
 )
 
 
@@ -72,7 +73,7 @@ def make_checkpoint(variant: Variant, model: Path, folder: Path) -> Path:
     if variant.weights is None:
         return model
     out = folder / variant.slug
-    compress(CompressOptions(model, out, variant.weights, variant.settings, force=True))
+    compress(CompressOptions(model, out, weights=variant.weights, force=True, **variant.settings))
     return out
 
 

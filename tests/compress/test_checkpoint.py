@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serval.compress import CompressOptions, run
-from serval.compress.int8 import SCHEME
-from serval.compress.scheme import quantize
+from serval.compress.scheme import WeightScheme, quantize
 from serval.errors import CheckpointError, ConfigError
 from serval.models import checkpoint
 from serval.models.batch import PackedBatch
@@ -30,7 +29,7 @@ def source(tmp_path) -> Path:
 @pytest.mark.parametrize("head", [False, True])
 def test_save_and_load_give_the_same_logits(tmp_path, make, head):
     checkpoint.save(make(), tmp_path / "source")
-    options = CompressOptions(tmp_path / "source", tmp_path / "out", settings={"head": head})
+    options = CompressOptions(tmp_path / "source", tmp_path / "out", head=8 if head else None)
     result = run(options)
     assert result.bytes_after < 0.7 * result.bytes_before
     first = checkpoint.load(tmp_path / "out")
@@ -46,7 +45,7 @@ def test_save_and_load_give_the_same_logits(tmp_path, make, head):
 
 
 def test_tied_int8_table_round_trip(tmp_path, source):
-    result = run(CompressOptions(source, tmp_path / "out", settings={"head": True}))
+    result = run(CompressOptions(source, tmp_path / "out", head=8))
     assert result.kept == {}
     model = checkpoint.load(tmp_path / "out")
     exact = logits(checkpoint.load(source), torch.arange(20))
@@ -97,7 +96,7 @@ def test_latent_projection_quantised_elsewhere_is_expanded_at_load(tmp_path):
     stored = load_file(path)
     names = [name for name in stored if name.endswith("kv_b_proj.weight")]
     for name in names:
-        made = quantize(stored[name], SCHEME)
+        made = quantize(stored[name], WeightScheme(bits=8))
         stored[name], stored[f"{name}_scale"] = made.codes, made.scales
     save_file(stored, path)
     values = json.loads((tmp_path / "out/config.json").read_text())
@@ -153,9 +152,9 @@ def test_output_is_not_overwritten_unless_forced(tmp_path, source):
         run(CompressOptions(source, source, force=True))
     with pytest.raises(ConfigError, match="already quantised"):
         run(CompressOptions(out, tmp_path / "twice"))
-    with pytest.raises(ConfigError, match="no setting 'bits'"):
-        run(CompressOptions(source, tmp_path / "x", settings={"bits": 3}))
-    with pytest.raises(ConfigError, match="unknown compressor 'int3'"):
+    with pytest.raises(ConfigError, match="bits=3"):
+        run(CompressOptions(source, tmp_path / "x", bits=3))
+    with pytest.raises(ConfigError, match="unknown compression method 'int3'"):
         run(CompressOptions(source, tmp_path / "x", weights="int3"))
 
 
@@ -202,18 +201,27 @@ def test_missing_scale_is_named(tmp_path, source):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
-        ({"head": "maybe"}, "setting 'head' .*boolean.*'maybe'"),
-        ({"ignore": "lm_head"}, "setting 'ignore' .*tuple.*'lm_head'"),
-        ({"depth": 1}, "no setting 'depth'; it has: head, ignore"),
-        ({"ignore": ["*"]}, "no module of .* would be quantised"),
+        ({"head": 4}, "output head can have 8 bits or stay in float, got 4"),
+        ({"settings": {"depth": 1}}, "method 'int8' has no setting 'depth'; it has: none"),
+        (
+            {"weights": "gptq", "settings": {"damping": "much"}},
+            "setting 'damping' of method 'gptq': .*number.*'much'",
+        ),
+        ({"settings": {"scales.mode": "pow3"}}, "setting 'mode' of scales: .*'pow3'"),
+        ({"settings": {"rotation.seed": 3}}, "no rotation is chosen"),
+        ({"ignore": ["*"]}, "no matrix would be quantised: all 15 stay in float"),
+        ({"overrides": ["*down_proj:bit=8"]}, "expected PATTERN:key=value"),
+        ({"overrides": ["*down_proj:bits=5"]}, "4 or 8 bits, got bits=5"),
+        ({"group_size": 48}, "up_proj: group_size=48 does not divide the 64 inputs|48 does not"),
+        ({"group_size": "row"}, "group size 'row'"),
+        ({"format": "zip"}, "format is 'zip'"),
+        ({"rotate": "left"}, "unknown rotation 'left'"),
     ],
 )
-def test_settings_of_the_wrong_type_or_without_effect_are_refused(
-    tmp_path, source, settings, message
-):
+def test_options_that_do_not_fit_are_refused(tmp_path, source, options, message):
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match=message):
-        run(CompressOptions(source, out, settings=settings))
-    assert not out.exists()
+        run(CompressOptions(source, out, **options))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serval.compress.int8 import SCHEME, Int8
+from serval.compress import Method, compress_decoder
 from serval.compress.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
-from serval.compress.scheme import quantize, require_finite
+from serval.compress.scheme import WeightScheme, quantize, require_finite
 from serval.errors import CheckpointError
 from serval.models.batch import PackedBatch
 from tests.compress.toy import decoder, mla_decoder, moe_decoder
+
+SCHEME = WeightScheme(bits=8)
 
 
 @given(
@@ -48,8 +50,8 @@ def test_zero_channels_and_bad_weights():
 
 def test_what_is_replaced_and_what_is_not():
     model = moe_decoder()
-    report = Int8().compress(model)
-    assert "model.layers.0.mlp.experts" in report.quantised
+    report = compress_decoder(model, Method())
+    assert report.quantised["model.layers.0.mlp.experts.3.up_proj"] == "W8A8 channel"
     assert report.kept["model.layers.0.mlp.gate"].startswith("router")
     assert set(report.kept) == {
         "model.embed_tokens",
@@ -57,36 +59,38 @@ def test_what_is_replaced_and_what_is_not():
         "model.layers.0.mlp.gate",
         "model.layers.1.mlp.gate",
     }
-    latent = Int8().compress(mla_decoder())
+    latent = compress_decoder(mla_decoder(), Method())
     assert "model.layers.0.self_attn.kv_b_proj" in latent.kept
     assert "model.layers.0.self_attn.kv_a_proj_with_mqa" in latent.quantised
 
 
 def test_ignore_and_head():
     model = decoder()
-    report = Int8(head=True, ignore=("*.o_proj",)).compress(model)
+    report = compress_decoder(model, Method(head=8, ignore=["*.o_proj"]))
     assert report.kept["model.layers.1.self_attn.o_proj"] == "asked for"
     assert isinstance(model.lm_head, QuantizedLinear)
     tied = decoder(tie_word_embeddings=True)
-    Int8(head=True).compress(tied)
+    compress_decoder(tied, Method(head=8))
     assert isinstance(tied.lm_head, TiedHead)
     assert isinstance(tied.embed_tokens, QuantizedEmbedding)
 
 
 @pytest.mark.parametrize("make", [decoder, moe_decoder, mla_decoder])
-@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("head", [None, 8])
 def test_a_compressed_decoder_predicts_nearly_the_same(make, head):
     model = make()
     tokens, batch = torch.arange(24), PackedBatch.from_lengths([16, 8])
     with torch.no_grad():
         exact = model.logits(model(tokens, batch))
-        Int8(head=head).compress(model)
+        compress_decoder(model, Method(head=head))
         got = model.logits(model(tokens, batch))
     assert (got - exact).norm() < 0.15 * exact.norm()
 
 
-def test_progress_names_each_module():
+def test_progress_names_each_part():
     seen: list[tuple[int, int, str]] = []
-    Int8().compress(decoder(), lambda done, total, name: seen.append((done, total, name)))
-    assert seen[-1][0] == seen[-1][1] == len(seen) - 1
-    assert seen[0][2] == "model.embed_tokens"
+    compress_decoder(
+        decoder(), Method(), progress=lambda done, total, name: seen.append((done, total, name))
+    )
+    assert [name for *_, name in seen] == ["embed_tokens", "layers.0", "layers.1", "head", ""]
+    assert seen[-1][0] == seen[-1][1] == 4

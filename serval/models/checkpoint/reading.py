@@ -34,10 +34,11 @@ def load(
     """Load a checkpoint directory or Hugging Face name as a `Decoder` in eval mode.
 
     dtype: of the parameters; None means float32 on the CPU and bfloat16 elsewhere. Buffers of the
-    router stay float32. Each tensor is read straight into its parameter, so the peak is the
-    resident size plus one block. Raises ConfigError naming a key that is wrong or unsupported,
-    CheckpointError naming a tensor that is missing, unexpected, misshapen, of an unusable dtype or
-    (`check_finite`) holds NaN or infinity.
+    router stay float32, the embedding and head of a quantised model bfloat16 if stored so. Each
+    tensor is read straight into its parameter, so the peak is the resident size plus one block.
+    Raises ConfigError naming a key that is wrong or unsupported, CheckpointError naming a tensor
+    that is missing, unexpected, misshapen, of an unusable dtype or (`check_finite`) holds NaN or
+    infinity.
     """
     with OpenCheckpoint(path_or_name, dtype, device, check_finite=check_finite) as opened:
         opened.fill()
@@ -47,7 +48,8 @@ def load(
 class OpenCheckpoint:
     """A checkpoint whose decoder is filled part by part, for work that needs one block at a time.
 
-    decoder: on the meta device until `fill` has reached a part. Arguments and errors as `load`;
+    decoder: on the meta device until `fill` has reached a part. stored: every tensor of the files.
+    tied: whether they hold no output head of its own. Arguments and errors as `load`;
     names and shapes of all tensors are checked when it is opened. A context manager: it holds the
     files open.
     """
@@ -65,6 +67,7 @@ class OpenCheckpoint:
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
         self.family, self.decoder, self.stored = _open(self.directory)
+        self.tied = self.decoder.lm_head is None
         self._filler = _Filler(self.decoder, self.family, self.stored, dtype, target, check_finite)
 
     def fill(self, path: str = "", dtype: torch.dtype | None = None) -> None:
@@ -144,6 +147,10 @@ def _prepare_quantized(
     rename = lambda name: family.rename(name, decoder.config)  # noqa: E731 a line of its own
     quantizer.prepare(decoder, quantization, rename, stored)
     decoder.quantization_config = quantization
+
+
+# Large tables that may stay as stored beside wider activations; no row of them gains by widening.
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
 class _Filler:
@@ -236,7 +243,11 @@ class _Filler:
     def _fill_tensor(self, name: str, owner: nn.Module, leaf: str, dtype: torch.dtype) -> None:
         old = getattr(owner, leaf)
         is_parameter = isinstance(old, nn.Parameter)
-        dtype = dtype if is_parameter and old.is_floating_point() else old.dtype
+        if not is_parameter or not old.is_floating_point():
+            dtype = old.dtype
+        elif name in _TABLES and self.decoder.quantization_config is not None:
+            found = self.stored[self.family.rename(name, self.config)].dtype
+            dtype = found if found == torch.bfloat16 else dtype
         new = torch.empty(old.shape, dtype=dtype, device=self.device)
         for piece in self.family.pieces(name, new, self.config):
             self._read(piece)

@@ -65,15 +65,18 @@ def write_checkpoint(
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
     also: Mapping[str, bytes] | None = None,
+    staging_parent: Path | None = None,
 ) -> Path:
     """As `save`, for tensors that need not be the decoder's own: of `decoder` only its config and
-    `quantization_config` are read. also: more files, by name."""
+    `quantization_config` are read. also: more files, by name. staging_parent: where everything is
+    written before it is renamed, on the disk of `directory` (None: beside it)."""
     directory = Path(directory).expanduser().resolve()
     needed = sum(tensor.nbytes for tensor in tensors)
     staging: Path | None = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        where = staging_parent or directory.parent
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=where))
         _write_weights(staging, list(tensors), max_shard_bytes)
         _write_configs(staging, decoder, family, tensors)
         _copy_tokenizer(staging, tokenizer_dir)
