@@ -224,7 +224,7 @@ def _tiny(config: ModelConfig) -> ModelConfig:
 
 
 def _measure(setup: Setup, name: str, work: Work) -> list[Case]:
-    rounds, steps = (1, 1) if setup.quick else (3, 2)
+    rounds, steps = (1, 1) if setup.quick else (3, 1)
     facts: dict[str, dict[str, Any]] = {}
 
     def contestant(label: str, target: str, arguments: dict[str, Any]) -> Contestant:
@@ -253,13 +253,14 @@ def _measure(setup: Setup, name: str, work: Work) -> list[Case]:
 
     flops = work.flops()
     roof = None if setup.quick else flops / (matmul_roof() * 1e9)
+    peak = 0.0 if setup.quick else torch.get_num_threads() * float32_roof(1)
 
     def case(label: str, peer: str) -> Case:
         ours, other = outcomes[f"serval {label}"], outcomes[peer]
         metrics = _metrics(ours, other, facts)
         floor = roof if "bfloat16" not in label else None
-        if floor is not None and ours.samples:
-            metrics["of_multiply_add_peak"] = flops / ours.seconds / (float32_roof() * 1e9)
+        if floor is not None and ours.samples and peak:
+            metrics["of_multiply_add_peak"] = flops / ours.seconds / (peak * 1e9)
         return compare(f"{label}-{name}", ours, other, floor_seconds=floor, metrics=metrics)
 
     return [

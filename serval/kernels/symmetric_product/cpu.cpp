@@ -71,6 +71,15 @@ static void finish(const Product& p, int64_t matrix, int64_t first, int64_t last
   }
 }
 
+// The rows of a panel's own diagonal block, W at a time: those at r need only the columns up to r + W.
+template <int V, class Row>
+static void diagonal_rows(int64_t rows, int64_t depth, const float* a, int64_t lda, Row row, float* sums,
+                          const float* ones) {
+  if (rows <= 0) return;
+  tile_rows<V>(rows < W ? rows : W, depth, a, lda, row, sums, NR, ones);
+  if constexpr (V < TILE_VECS) diagonal_rows<V + 1>(rows - W, depth, a + W * lda, lda, row, sums + W * NR, ones);
+}
+
 static void block_of_rows(const Product& p, int64_t matrix, int64_t begin, int64_t end, float* panel, float* sums,
                           const float* ones) {
   const float *a = p.a + matrix * p.stride_a, *b = p.b + matrix * p.stride_b;
@@ -80,8 +89,15 @@ static void block_of_rows(const Product& p, int64_t matrix, int64_t begin, int64
     for (int64_t k = 0; k < p.k; k += KC) {
       const int64_t depth = p.k - k < KC ? p.k - k : KC;
       pack(p.transposed ? b + j * p.ldb + k : b + k * p.ldb + j, p.ldb, p.transposed, depth, width, panel);
-      product(end - first, (width + W - 1) / W * W, depth, a + first * p.lda + k, p.lda,
-              [&](int64_t r) { return panel + r * NR; }, sums, NR, k ? ones : nullptr);
+      const auto row = [&](int64_t r) { return panel + r * NR; };
+      const float *rows = a + first * p.lda + k, *add = k ? ones : nullptr;
+      int64_t done = 0;
+      if (p.symmetric && first == j && width == NR) {
+        done = end - first < NR ? end - first : NR;
+        diagonal_rows<1>(done, depth, rows, p.lda, row, sums, add);
+      }
+      product(end - first - done, (width + W - 1) / W * W, depth, rows + done * p.lda, p.lda, row, sums + done * NR, NR,
+              add);
     }
     finish(p, matrix, first, end, j, width, sums);
   }
