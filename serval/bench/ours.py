@@ -123,7 +123,8 @@ def install_random(decoder: Decoder, scheme: WeightScheme) -> None:
         assert isinstance(target.module, (torch.nn.Linear, torch.nn.Embedding)), target.name
         if target.kind == "linear" or target.kind == "head" or decoder.lm_head is None:
             kind = scheme if target.kind == "linear" else table
-            install(decoder, target, random_weight(*target.module.weight.shape, kind))
+            rows, columns = target.module.weight.shape
+            install(decoder, target, random_weight(rows, columns, kind))
     decoder.quantization_config = quantization_config_of(decoder)
 
 

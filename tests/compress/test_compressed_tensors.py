@@ -164,6 +164,24 @@ def test_latent_projection_is_expanded_and_saved_as_it_was(tmp_path: Path) -> No
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_of_a_quantised_model_stay_as_stored(tmp_path: Path, tied: bool) -> None:
+    model = quantised(decoder(tie_word_embeddings=tied).bfloat16(), WeightScheme(4))
+    checkpoint.save(model, tmp_path / "out")
+    narrow = checkpoint.load(tmp_path / "out")
+    assert narrow.embed_tokens.weight.dtype == torch.bfloat16
+    assert narrow.norm.weight.dtype == torch.float32
+    wide = checkpoint.load(tmp_path / "out")
+    for module in (wide.embed_tokens, wide.lm_head):
+        if module is not None:
+            assert module.weight.dtype == torch.bfloat16
+            module.float()
+    tokens = torch.arange(40)
+    got = logits(narrow, tokens)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, logits(wide, tokens), atol=1e-4, rtol=1e-4)
+
+
 # -- theirs ----------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,18 @@ def test_linear(
     torch.testing.assert_close(ours.float(), expected, rtol=tolerance, atol=tolerance * k**0.5)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_float32_rows_meet_a_bfloat16_weight(
+    rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serval.kernels.dense_linear.reference._WIDENED_ROWS", 16)
+    x, weight = torch.randn(rows, 33), torch.randn(50, 33).bfloat16()
+    b = torch.randn(50) if bias else None
+    expected = torch.nn.functional.linear(x, weight.float(), b)
+    torch.testing.assert_close(kernels.linear(x, weight, b), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     x, weight = torch.randn(13, 333), torch.randn(50, 333)
     together = kernels.linear(x, weight)

@@ -24,11 +24,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + bias`: x [..., K], weight [N, K], bias [N] -> [..., N].
 
     Exactly `torch.nn.functional.linear`, gradients and autocast included, except that up to 32 rows
-    without gradients on the CPU run in a kernel that is bound by memory only.
+    without gradients on the CPU run in a kernel that is bound by memory only, and that float32 rows
+    may meet a bfloat16 weight, which is widened on the way.
     """
     columns = weight.shape[1]
+    mixed = x.dtype == torch.float32 and weight.dtype == torch.bfloat16
     if (
-        x.dtype == weight.dtype
+        (x.dtype == weight.dtype or mixed)
         and x.shape[-1] == columns
         and 0 < x.numel() <= MAX_ROWS * columns
         and x.device.type == "cpu"
@@ -37,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch.is_autocast_enabled("cpu")
         and not jit.differentiating(x, weight, *(() if bias is None else (bias,)))
     ):
-        kernel = _KERNELS.get(x.dtype)
+        kernel = _KERNELS.get(weight.dtype)
         function = kernel.get() if kernel else None
         if function is not None:
             rows = x if x.dim() == 2 else x.reshape(-1, columns)
@@ -53,4 +55,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 torch.get_num_threads(),
             )  # fmt: skip
             return out if x.dtype == torch.float32 else out.to(x.dtype)
+    if mixed and not torch.is_autocast_enabled(x.device.type):
+        return reference.linear_widened(x, weight, bias)
     return reference.linear(x, weight, bias)
