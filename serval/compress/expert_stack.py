@@ -144,7 +144,9 @@ class QuantizedExperts(nn.Module):
             decoded = []
             for leaf, storage in self.storages().items():
                 name = f"{expert}.{leaf}"
-                decoded.append(storage.decode(_Below(tensors, name), name))
+                down = leaf == "down_proj"
+                shape = (self.hidden, self.width) if down else (self.width, self.hidden)
+                decoded.append(storage.decode(_Below(tensors, name), name, shape))
             self._put(expert, *decoded)
 
     def matrix(self, expert: int, leaf: str) -> QuantizedWeight:

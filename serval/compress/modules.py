@@ -181,7 +181,8 @@ class QuantizedLinear(PackedModule):
         return tensors
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        self.take(self.storage.decode(tensors), device)
+        shape = (self.out_features, self.in_features)
+        self.take(self.storage.decode(tensors, shape=shape), device)
         if self.bias is not None:
             bias = tensors["bias"].to(device, torch.float32)
             self.bias = nn.Parameter(bias, requires_grad=False)
@@ -258,6 +259,7 @@ class DequantizedLinear(nn.Linear):
         return tensors if self.bias is None else {**tensors, "bias": self.bias.detach()}
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        self.take(self.storage.decode(tensors), device)
+        shape = (self.out_features, self.in_features)
+        self.take(self.storage.decode(tensors, shape=shape), device)
         if self.bias is not None:
             self.bias = nn.Parameter(tensors["bias"].to(device).float(), requires_grad=False)

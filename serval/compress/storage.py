@@ -135,18 +135,25 @@ class Storage:
                 tensors["input_zero_point"] = torch.zeros(1, dtype=torch.int8)
         return tensors
 
-    def decode(self, tensors: Mapping[str, Tensor], name: str = "weight") -> QuantizedWeight:
-        """The matrix whose stored tensors are given; `name` is for error messages. Raises
-        CheckpointError when they contradict each other or the scheme."""
+    def decode(
+        self,
+        tensors: Mapping[str, Tensor],
+        name: str = "weight",
+        shape: tuple[int, int] | None = None,
+    ) -> QuantizedWeight:
+        """The matrix whose stored tensors are given; `name` is for error messages, `shape` what the
+        model expects. Raises CheckpointError when they contradict each other or the scheme."""
         bits = self.scheme.bits
         scales = tensors["weight_scale"].float()
         if self.format == "pack-quantized":
             rows, columns = tensors["weight_shape"].tolist()
             packed = tensors["weight_packed"]
-            if rows != packed.shape[0] or -(-columns * bits // 32) != packed.shape[1]:
+            fits = rows == packed.shape[0] and -(-columns * bits // 32) == packed.shape[1]
+            if not fits or (shape is not None and shape != (rows, columns)):
                 raise CheckpointError(
                     f"{name}.weight_shape is ({rows}, {columns}), which does not fit "
                     f"weight_packed {tuple(packed.shape)} of {bits} bits"
+                    + ("" if shape is None else f" of a matrix {shape}")
                 )
             codes = unpack_int32(packed, bits, columns)
         else:
@@ -166,11 +173,14 @@ class Storage:
         if self.group_index:
             _decode_order(weight, tensors["weight_g_idx"], name)
         if self.scheme.scales == "integer":
-            factor = tensors[ROW_FACTOR]
-            weight.row_factor = factor
-            weight.integer = (scales / factor.unsqueeze(1)).round().to(torch.int16)
+            weight.row_factor = tensors[ROW_FACTOR]
+            weight.integer = _integers(scales, weight.row_factor, name)
         if self.scheme.activations == "static":
             weight.input_scale = float(tensors["input_scale"])
+            if not 0 < weight.input_scale < float("inf"):
+                raise CheckpointError(
+                    f"{name}.input_scale is {weight.input_scale}; a scale is a positive number"
+                )
             if self.input_zero_point and tensors["input_zero_point"].any():
                 raise CheckpointError(
                     f"{name}.input_zero_point is not 0; Serval reads symmetric activations only"
@@ -226,6 +236,19 @@ class Storage:
         return dataclasses.replace(
             self, scheme=dataclasses.replace(self.scheme, activations="none")
         )
+
+
+def _integers(scales: Tensor, factor: Tensor, name: str) -> Tensor:
+    """The int16 [N, G] whose products with factor [N] are `scales`."""
+    ratio = scales / factor.unsqueeze(1)
+    integer = ratio.round()
+    whole = (ratio - integer).abs() < 0.05  # float32 products are off by 0.004 at most
+    if not (whole & (integer.abs() < 2**15)).all():
+        raise CheckpointError(
+            f"{name}.weight_scale is not a 16-bit integer times {name}.{ROW_FACTOR}; the two files "
+            "do not belong together"
+        )
+    return integer.to(torch.int16)
 
 
 def _decode_order(weight: QuantizedWeight, index: Tensor, name: str) -> None:

@@ -124,6 +124,26 @@ def test_stored_contradictions_are_named() -> None:
         asymmetric.decode({**plain.encode(weight), "weight_zero_point": zeros}, "up")
 
 
+def test_values_that_cannot_be_meant_are_named() -> None:
+    weight = rounded(torch.randn(4, 64), WeightScheme(4, 16, "static", "integer"))
+    storage = Storage.of(weight)
+    tensors = storage.encode(weight)
+    assert torch.equal(storage.decode(tensors, "up", (4, 64)).integer, weight.integer)
+    shorter = {**tensors, "weight_shape": torch.tensor([4, 60])}  # the same number of words
+    with pytest.raises(CheckpointError, match=r"up\.weight_shape is \(4, 60\).*\(4, 64\)"):
+        storage.decode(shorter, "up", (4, 64))
+    for factor in (1e30, 1.2345, float("nan")):
+        scaled = {**tensors, "weight_scale": tensors["weight_scale"] * factor}
+        with pytest.raises(CheckpointError, match=r"up\.weight_scale"):
+            storage.decode(scaled, "up")
+    without = {**tensors, "weight_row_factor": torch.zeros(4)}
+    with pytest.raises(CheckpointError, match=r"up\.weight_scale is not a 16-bit integer"):
+        storage.decode(without, "up")
+    for scale in (0.0, -0.1, float("inf"), float("nan")):
+        with pytest.raises(CheckpointError, match=r"up\.input_scale is"):
+            storage.decode({**tensors, "input_scale": torch.tensor([scale])}, "up")
+
+
 def test_formats_are_checked() -> None:
     assert check_format(None) is None
     assert check_format("int-quantized") == "int-quantized"
