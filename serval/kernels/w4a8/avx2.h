@@ -9,12 +9,15 @@
 #include "spec.h"
 
 #if !VNNI && (SERVAL_AVX2 || SERVAL_AVX512)
-constexpr int MAX_ROWS = 6;
 constexpr int SIZES[] = {1, 2, 3, 4, 5, 6};
 constexpr int BLOCK = 32;  // inputs summed in 16 bits
+static INLINE int64_t max_rows(int) { return 6; }
 static INLINE int64_t word_bytes(int bits) { return bits == 4 ? 4 : 8; }
 static INLINE __m256i read(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 static INLINE __m256i read32(const void* p) { int32_t v; memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
+
+// A barrier: keeps GCC from reassociating sums and from hoisting every broadcast, which would spill the sums.
+static INLINE __m256i keep(__m256i v) { asm volatile("" : "+x"(v)); return v; }
 
 // Eight channels' int32 sums of a finished group, scaled and added to the totals.
 template <int MODE> static INLINE void fold(int32_t* total, __m256i sum, const void* scales, int64_t lane) {
@@ -29,16 +32,14 @@ template <int MODE> static INLINE void fold(int32_t* total, __m256i sum, const v
   _mm256_storeu_si256((__m256i*)total, _mm256_add_epi32(read(total), sum));
 }
 
-// One 4-input step of R rows and V vectors of 8 channels. The barriers keep GCC from reassociating the sums and from
-// hoisting every broadcast, which would spill the sums.
+// One 4-input step of R rows and V vectors of 8 channels.
 template <int R, int V> static INLINE void step(__m256i (&h)[R][V], const __m256i (&w)[V], const int8_t* x) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
     const __m256i a = read32(x + r * 4);
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
-      h[r][v] = _mm256_add_epi16(h[r][v], _mm256_maddubs_epi16(w[v], a));
-      asm volatile("" : "+x"(h[r][v]));
+      h[r][v] = keep(_mm256_add_epi16(h[r][v], _mm256_maddubs_epi16(w[v], a)));
     }
   }
 }
@@ -137,8 +138,7 @@ static void bytes(const uint8_t* w, const void* scales, const int16_t* x, const 
         const __m256i a = _mm256_set1_epi64x(four);
 #pragma GCC unroll 4
         for (int j = 0; j < J; j++) {
-          acc[r][j] = _mm256_add_epi32(acc[r][j], _mm256_madd_epi16(b[j], a));
-          asm volatile("" : "+x"(acc[r][j]));
+          acc[r][j] = keep(_mm256_add_epi32(acc[r][j], _mm256_madd_epi16(b[j], a)));
         }
       }
     }

@@ -18,7 +18,7 @@ static thread_local Work work;
 static int64_t size_for(int64_t rows) {
   for (int size : SIZES)
     if (size >= rows) return size;
-  return MAX_ROWS;
+  return rows;
 }
 
 template <int BITS, int MODE, class... Rest>
@@ -34,8 +34,8 @@ static void block_of(const Layer& y, const Spec& s, const Block& b, const Rest&.
     case 5: rows_of<BITS, MODE, 5>(y, s, b, rest...); break;
 #endif
 #if VNNI && SERVAL_AVX512
-    case 8: rows_of<BITS, MODE, 8>(y, s, b, rest...); break;
-    case 12: rows_of<BITS, MODE, 12>(y, s, b, rest...); break;
+    case 8: rows_of<BITS, CHANNEL, 8>(y, s, b, rest...); break;  // group scales take at most 6 rows
+    case 12: rows_of<BITS, CHANNEL, 12>(y, s, b, rest...); break;
 #endif
 #endif
   }
@@ -65,11 +65,13 @@ static void unit(const Layer& y, const Spec& s, const Input& x, const Block* b, 
 #endif
 }
 
-// Blocks of one range of rows: as large as a micro-kernel takes, and a rest.
-static void cut(int64_t first, int64_t rows, std::vector<Block>& blocks) {
+// Blocks of one range of rows: as large as a micro-kernel takes, and a rest; what little is left last is halved.
+static void cut(int64_t first, int64_t rows, int mode, std::vector<Block>& blocks) {
   int64_t slot = blocks.empty() ? 0 : blocks.back().slot + blocks.back().size;
-  for (int64_t row = 0; row < rows; row += MAX_ROWS) {
-    const int64_t count = std::min<int64_t>(MAX_ROWS, rows - row), size = size_for(count);
+  for (int64_t row = 0, count; row < rows; row += count) {
+    const int64_t left = rows - row, most = max_rows(mode);
+    count = left <= most ? left : left <= 8 ? (left + 1) / 2 : most;
+    const int64_t size = size_for(count);
     blocks.push_back({first + row, count, size, slot});
     slot += size;
   }
@@ -103,7 +105,7 @@ EXPORT int quantized_linear(const float* x, int64_t x_row, int64_t rows, int64_t
   Work& w = work;
   w.blocks.clear(), w.first_block.clear(), w.units.assign(1, 0);
   for (int64_t i = 0; i < count; i++) {
-    if (i == 0 || !shared) w.first_block.push_back(w.blocks.size()), cut(layers[i].first, layers[i].rows, w.blocks);
+    if (i == 0 || !shared) w.first_block.push_back(w.blocks.size()), cut(layers[i].first, layers[i].rows, mode, w.blocks);
     else w.first_block.push_back(0);
   }
   if (w.blocks.empty()) return 0;
