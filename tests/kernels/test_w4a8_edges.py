@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from serval import kernels
+from serval.errors import ConfigError
 from serval.kernels.w4a8 import reference
 
 pytestmark = pytest.mark.usefixtures("arch")
@@ -77,6 +78,24 @@ def test_largest_sums(bits: int, mode: str) -> None:
     x[2, ::2] = -1
     expected = reference.quantized_linear(x, packed)
     agree(kernels.quantized_linear(x, packed), expected, mode != "float")
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(4, 8), (8, 128)])
+def test_sums_at_the_last_integer_that_fits(bits: int, largest: int) -> None:
+    """I * sum |q| = 516 * 32767 proves 127 times that to fit; one more code would not."""
+    codes = [-largest] * (516 // largest) + [516 % largest]
+    row = torch.tensor([codes, codes], dtype=torch.int8)
+    integer = torch.tensor([[32767], [-32767]], dtype=torch.int16)
+    settings = {"bits": bits, "group_size": row.shape[1], "row_factor": torch.ones(2)}
+    packed = kernels.pack_weight(row, torch.ones(2), integer=integer, **settings)
+    x = torch.sign(row[:1].float()) * 127
+    x = torch.cat([x, -x])
+    got = kernels.quantized_linear(x, packed)
+    exact = 127.0 * 516 * 32767
+    assert torch.equal(got, torch.tensor([[exact, -exact], [-exact, exact]]))
+    row[1, -1] += 1
+    with pytest.raises(ConfigError, match="channel 1 could overflow 32 bits"):
+        kernels.pack_weight(row, torch.ones(2), integer=integer, **settings)
 
 
 def layouts(rows: int, k: int) -> Iterator[tuple[str, Tensor]]:
@@ -192,6 +211,8 @@ def test_codes_need_not_be_contiguous() -> None:
     assert torch.equal(kernels.unpack_weight(packed)[0], codes)
     grouped = kernels.pack_weight(codes, torch.ones(3, 10).T, bits=4, group_size=8)
     assert torch.equal(kernels.unpack_weight(grouped)[0], codes)
+    one = kernels.pack_weight(codes, torch.arange(10.0), bits=4, group_size=24)
+    assert torch.equal(kernels.unpack_weight(one)[1], torch.arange(10.0)[:, None])
 
 
 def test_wrong_shapes_are_refused() -> None:

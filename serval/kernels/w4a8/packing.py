@@ -205,7 +205,7 @@ def pack_weight(
         _panels(integer, packed.group_scales)
     elif packed.group_scales is not None:
         packed.factor.fill_(1.0)
-        _panels(scales.detach().float(), packed.group_scales)
+        _panels(scales.detach().float().reshape(n, groups), packed.group_scales)
     else:
         packed.factor.copy_(scales.detach().reshape(n))
     return packed.native()
