@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -298,11 +299,14 @@ class Blockwise:
         if made.scheme.activations == "static":
             made.input_scale = scale
         if made.scheme.scales == "integer":
-            order = made.order
-            made, report = self.integer_scale.apply(made)
-            made.order = order
+            made, report = self.integer_scale.apply(made, partial(self.recipe.reround, matrix))
             if report.kept_float:
                 self.report.fell_back[matrix.name] = f"float scales: {report.kept_float}"
+            elif report.lifted:
+                self.report.fell_back[matrix.name] = (
+                    f"{report.lifted} group scales are under half an integer step and became one "
+                    "(a larger scales.alpha or scales.mode=row_normalized keeps them)"
+                )
         difference = (made.dequantize() - matrix.weight).norm()
         error = float(difference / matrix.weight.norm().clamp(min=1e-30))
         self.report.errors[matrix.name] = round(error, 5)

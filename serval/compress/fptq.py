@@ -97,6 +97,7 @@ class FPTQ(Recipe):
     def __post_init__(self) -> None:
         if self.gptq:
             self.statistics = frozenset({"range", "hessian"})  # type: ignore[misc]  # of this one
+        self._solver = GPTQ()
         if not self.v0 <= self.v1:
             raise ConfigError(f"FPTQ needs v0 <= v1, got v0={self.v0} and v1={self.v1}")
 
@@ -163,7 +164,15 @@ class FPTQ(Recipe):
         return {name: decision.to_dict() for name, decision in plan.items()}
 
     def quantize(self, matrix: Matrix) -> QuantizedWeight:
-        return GPTQ().quantize(matrix) if self.gptq else round_to_nearest(matrix)
+        return self._solver.quantize(matrix) if self.gptq else round_to_nearest(matrix)
+
+    def reround(self, matrix: Matrix, scales: Tensor) -> Tensor:
+        if self.gptq:
+            return self._solver.reround(matrix, scales)
+        return super().reround(matrix, scales)
+
+    def table(self, plan: dict[str, Any]) -> Table:
+        return plan_table(plan)
 
 
 def plan_table(plan: dict[str, dict[str, Any]]) -> Table:

@@ -33,6 +33,7 @@ from serval.compress.recipe import Recipe
 from serval.compress.rtn import round_to_nearest
 from serval.compress.scheme import QuantizedWeight, WeightScheme
 from serval.compress.statistics import InputStatistics, Wanted
+from serval.errors import ConfigError
 
 Search = Literal["max", "mse"]
 
@@ -71,6 +72,16 @@ class GPTQ(Recipe):
             search=self.search,
             block=self.block,
         )
+
+    def reround(self, matrix: Matrix, scales: Tensor) -> Tensor:
+        statistics = matrix.statistics
+        if statistics is None or statistics.hessian is None:
+            return super().reround(matrix, scales)
+        if self.act_order and not self.static_groups:
+            raise ConfigError("scales can be refitted with static_groups=true only")
+        assert matrix.scheme is not None
+        factor = self.factor(statistics)
+        return gptq(matrix.weight, factor, matrix.scheme, scales=scales, block=self.block).codes
 
     def factor(self, statistics: InputStatistics) -> Factor:
         """The factor for an input, kept until another one is asked for: q, k and v share it."""

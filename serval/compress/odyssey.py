@@ -93,15 +93,17 @@ class Odyssey(Recipe):
         statistics = matrix.statistics
         assert matrix.scheme is not None
         if statistics is None or statistics.hessian is None:
-            scales = self._scales.get(matrix.path)
-            if scales is None:
-                return round_to_nearest(matrix)
-            return quantize(matrix.weight, matrix.scheme, matrix.scale_dtype, scales)
+            return round_to_nearest(matrix)
         scales = self._clip(matrix, matrix.scheme, statistics)
         if not self.compensate:
             return quantize(matrix.weight, matrix.scheme, matrix.scale_dtype, scales)
         factor = self._solver.factor(statistics)
         return gptq(matrix.weight, factor, matrix.scheme, matrix.scale_dtype, scales=scales)
+
+    def reround(self, matrix: Matrix, scales: Tensor) -> Tensor:
+        if self.compensate:
+            return self._solver.reround(matrix, scales)
+        return super().reround(matrix, scales)
 
     def _clip(self, matrix: Matrix, scheme: WeightScheme, seen: InputStatistics) -> Tensor | None:
         assert seen.hessian is not None

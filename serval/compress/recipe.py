@@ -20,10 +20,10 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, Protocol
 
 from rich.console import RenderableType
-from torch import nn
+from torch import Tensor, nn
 
 from serval.compress.block import Block, Matrix
-from serval.compress.scheme import QuantizedWeight, WeightScheme
+from serval.compress.scheme import QuantizedWeight, WeightScheme, quantize
 from serval.compress.statistics import Wanted
 from serval.models.config import ModelConfig
 
@@ -58,6 +58,12 @@ class Recipe(ABC):
     def quantize(self, matrix: Matrix) -> QuantizedWeight:
         """The integers of `matrix.weight` in `matrix.scheme`, scales rounded to
         `matrix.scale_dtype`. `matrix.statistics` is there if `statistics` asks for any."""
+
+    def reround(self, matrix: Matrix, scales: Tensor) -> Tensor:
+        """Codes int8 [N, K] of `matrix.weight` for given scales float32 [N, G], for scales that
+        were changed after `quantize` (Integer Scale's refit)."""
+        assert matrix.scheme is not None
+        return quantize(matrix.weight, matrix.scheme, scales=scales).codes
 
 
 class Rotation(Protocol):

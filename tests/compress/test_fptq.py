@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from serval.compress import Method, compress_decoder
 from serval.compress.block import Block, find_block
 from serval.compress.fptq import FPTQ, equalization_scale, plan_table, range_histogram
 from serval.compress.outliers import inject_outliers
@@ -242,3 +243,29 @@ def test_equalization_keeps_what_one_static_scale_loses():
     assert paper < static / 5
     assert error(FPTQ(policy="extended", v1=20.0)) < static / 5  # past v1, where the paper's stops
     assert error(FPTQ(v1=20.0)) > 2 * paper
+
+
+def test_a_compressed_model_has_the_planned_activations(tmp_path):
+    model = decoder()
+    inject_outliers(model, up_gain=4096.0)
+    report = compress_decoder(model, Method(weights="fptq", bits=8, group_size=4), [TOKENS[:32]])
+    assert json.loads(json.dumps(report.plan)) == report.plan
+    kinds = set()
+    for index, layer in enumerate(model.layers):
+        readers = {
+            "input_layernorm": layer.self_attn.q_proj,
+            "self_attn.o_proj": layer.self_attn.o_proj,
+            "post_attention_layernorm": layer.mlp.up_proj,
+            "mlp.down_proj": layer.mlp.down_proj,
+        }
+        for site, linear in readers.items():
+            entry = report.plan[f"model.layers.{index}.{site}"]
+            assert linear.activations == entry["activations"]
+            kinds.add((entry["policy"], entry["activations"]))
+            if entry["activations"] == "static":
+                assert linear.input_scale == pytest.approx(entry["after"] / 127, rel=1e-3)
+            else:
+                assert linear.input_scale is None
+    assert kinds == {("static", "static"), ("lae", "static"), ("token", "token")}
+    checkpoint.save(model, tmp_path / "out")
+    torch.testing.assert_close(logits(checkpoint.load(tmp_path / "out")), logits(model))

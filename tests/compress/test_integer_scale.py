@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serval import kernels
+from serval.compress import Method, compress_decoder
+from serval.compress.calibrate import random_tokens
 from serval.compress.integer_scale import IntegerScale
 from serval.compress.scheme import QuantizedWeight, WeightScheme, quantize
 from serval.errors import ConfigError
@@ -18,6 +20,8 @@ from serval.kernels.w4a8.overflow import (
     accumulator_bound,
     fits_int32,
 )
+from serval.models.batch import PackedBatch
+from tests.compress.toy import decoder
 
 MODES = ("row_normalized", "pow2_fixed", "pow2_heuristic")
 
@@ -322,3 +326,28 @@ def test_the_kernel_computes_the_certified_integers(group):
     assert torch.equal(results[0], results[1])
     sums = (partial_sums(x.long(), made) * made.integer.long()).sum(-1)
     assert torch.equal(results[0], sums.float() * made.row_factor)
+
+
+@pytest.mark.parametrize("weights", ["rtn", "gptq", "fptq", "odyssey"])
+def test_refit_rounds_as_the_method_does(weights):
+    """Coarse integers, so that rounding again must help; with GPTQ by GPTQ again."""
+    tokens = random_tokens(decoder().config, 6, 48)
+    batch = PackedBatch.from_lengths([48] * 6)
+
+    def error(refit: bool) -> float:
+        model, exact = decoder(num_hidden_layers=1), decoder(num_hidden_layers=1)
+        extra = {"scales.mode": "pow2_heuristic", "scales.refit": refit}
+        method = Method(
+            weights=weights,
+            group_size=4,
+            activations="none",
+            scales="integer",
+            settings=extra | ({"steps": 5} if weights == "odyssey" else {}),
+        )
+        report = compress_decoder(model, method, tokens)
+        assert "W4A16 g4 integer" in report.quantised.values()
+        with torch.no_grad():
+            x = torch.cat(tokens)
+            return float((model(x, batch) - exact(x, batch)).norm())
+
+    assert error(refit=True) < error(refit=False)
