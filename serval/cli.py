@@ -239,6 +239,27 @@ def compress(
 
 
 @app.command()
+def export(
+    model: Model,
+    gguf: Annotated[str, typer.Option(help="Type of the matrices: q4_0, q8_0, f16 or f32.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    force: Annotated[bool, typer.Option(help="Replace a file at --out.")] = False,
+    json_path: Json = None,
+) -> None:
+    """Write a float checkpoint as a GGUF file for llama.cpp."""
+    from serval.compress.gguf_file import export
+    from serval.evaluate.report import write_json
+
+    result = export(model, out, gguf, force)
+    print(
+        f"wrote {result.path}: {result.bytes / 1e6:.1f} MB, {result.tensors} tensors, matrices in "
+        f"{result.kind}, {result.seconds:.1f} s"
+    )
+    if json_path is not None:
+        write_json({**vars(result), "path": str(result.path)}, json_path)
+
+
+@app.command()
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

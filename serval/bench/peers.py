@@ -172,7 +172,7 @@ class LlamaCppEngine:
     """
 
     def __init__(self, shape: str, kind: str, threads: int, path: str | None = None) -> None:
-        from serval.bench.gguf_file import random_gguf
+        from serval.bench.random_gguf import random_gguf
 
         self.api = import_llama_cpp()
         self.config, self.threads = SHAPES[shape], threads

@@ -76,9 +76,12 @@ def model_gguf(name: str) -> Path:
     """The same model as a float32 GGUF file with its tokenizer."""
     from safetensors.numpy import load_file
 
-    from serval.bench.gguf_file import import_gguf, write_gguf
+    from serval.compress.gguf_file import import_gguf, write_gguf
 
-    import_gguf()
+    try:
+        import_gguf()
+    except ServalError as error:
+        raise MissingPeerError("gguf", "pip install 'serval-llm[bench]'") from error
     directory = model_directory(name)
     target = directory / "model.gguf"
     if not target.exists():
@@ -87,8 +90,8 @@ def model_gguf(name: str) -> Path:
             target,
             MODELS[name],
             lambda tensor, shape: tensors[tensor],
-            "F32",
-            directory / "tokenizer.json",
+            "f32",
+            directory,
         )
     return target
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from serval.bench.gguf_file import interleave_heads, write_gguf
 from serval.bench.peers import LlamaCppEngine, hub_config
+from serval.bench.random_gguf import random_gguf
 from serval.bench.shapes import TINY
+from serval.compress.gguf_file import interleave_heads, write_gguf
 from serval.models.config import ModelConfig
 
 pytest.importorskip("gguf")
@@ -41,7 +42,7 @@ def test_llama_cpp_logits_equal_transformers(kind: str, tied: bool, tmp_path: Pa
     model = hub_model(config)
     state = model.state_dict()
     path = write_gguf(
-        tmp_path / "model.gguf", config, lambda name, shape: state[name].numpy(), kind
+        tmp_path / "model.gguf", config, lambda name, shape: state[name].numpy(), kind.lower()
     )
     engine = LlamaCppEngine("tiny", kind, threads=1, path=str(path))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
@@ -72,3 +73,19 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space"):
         write_gguf(tmp_path / "model.gguf", TINY, weights)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_random_q4_0_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("SERVAL_BENCH_DIR", str(tmp_path))
+    wide = dataclasses.replace(TINY, hidden_size=256, num_attention_heads=8)
+    reader = gguf.GGUFReader(random_gguf(wide, "Q4_0"))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["token_embd.weight"] == "Q6_K"
+    assert kinds["blk.1.ffn_down.weight"] == "Q4_0"
+    table = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    values = gguf.quants.dequantize(table.data, table.tensor_type)
+    assert 0.01 < values.std() < 0.03
+    pytest.importorskip("llama_cpp")
+    engine = LlamaCppEngine("tiny", "Q4_0", threads=1)
+    assert engine.prefill(1, 16)[0] > 0
