@@ -111,7 +111,8 @@ class _Inputs:
             if self.int8:
                 self._made[key] = quantize_activations(rows, layout.width, self.input_scale)
             else:
-                rows = functional.pad(rows, (0, layout.width - rows.shape[1]))
+                if rows.shape[1] < layout.width:
+                    rows = functional.pad(rows, (0, layout.width - rows.shape[1]))
                 self._made[key] = rows, rows
         return self._made[key]
 
