@@ -16,9 +16,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from serval.bench.child import leaving_on_sigterm, tied
 from serval.bench.harness import MissingPeerError
 from serval.bench.peers import INSTALL
 from serval.bench.shapes import TINY, cache_directory
@@ -158,7 +160,8 @@ Command = Callable[[str, int, int], list[str]]
 
 
 class Server:
-    """A server process on a free local port, ready when entered, ended when left."""
+    """A server process on a free local port, ready when entered, ended when left: also by SIGTERM,
+    and when this process is killed."""
 
     def __init__(self, command: Command, model: str, threads: int, wait: float = 180.0) -> None:
         self.model = str(model_directory(model))
@@ -168,7 +171,17 @@ class Server:
         self.start_seconds = 0.0
 
     def __enter__(self) -> Server:
-        self._log = tempfile.TemporaryFile()
+        with ExitStack() as stack:
+            stack.enter_context(leaving_on_sigterm())
+            self._start(stack)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _start(self, stack: ExitStack) -> None:
+        self._log = stack.enter_context(tempfile.TemporaryFile())
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -178,20 +191,16 @@ class Server:
         }
         began = time.perf_counter()
         self._process = subprocess.Popen(
-            self._command,
+            tied(self._command),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
         )
-        try:
-            self._await_ready()
-        except BaseException:
-            self.__exit__()
-            raise
+        stack.callback(self._end)
+        self._await_ready()
         self.start_seconds = time.perf_counter() - began
-        return self
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + self._wait
@@ -231,15 +240,13 @@ class Server:
                 return int(line.split()[1]) * 1024
         return 0
 
-    def __exit__(self, *_: object) -> None:
+    def _end(self) -> None:
+        """End the server and what it started: politely, then at once."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if self._process.poll() is None:
+            with suppress(ProcessLookupError):  # the whole group has ended
                 os.killpg(self._process.pid, number)
-                try:
-                    self._process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    continue
-        self._log.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=10)
 
 
 def _free_port() -> int:

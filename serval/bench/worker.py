@@ -7,10 +7,8 @@ memory and ends the largest ones when they do not.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from serval.bench.child import end_with_parent
 from serval.bench.harness import MissingPeerError
 from serval.bench.machine import memory_bytes
 from serval.errors import ServalError
@@ -168,12 +167,6 @@ def _serve(pipe: Connection) -> None:
         pipe.send(answer)
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 if __name__ == "__main__":
-    _end_with_parent()
+    end_with_parent()
     _serve(Connection(int(sys.argv[1])))
