@@ -27,6 +27,10 @@ class RequestError(ServalError):
     """A generation request is invalid; the server answers 400 with this text."""
 
 
+class EngineStoppedError(ServalError):
+    """The engine's thread has ended; nothing can be generated until the process starts anew."""
+
+
 class MissingExtraError(ServalError):
     """An optional dependency is not installed."""
 

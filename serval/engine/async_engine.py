@@ -12,17 +12,20 @@ import queue
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from serval.engine.engine import EngineStats
 from serval.engine.params import SamplingParams
 from serval.engine.request import Delta, Request
-from serval.errors import RequestError
+from serval.errors import EngineStoppedError, RequestError
 
 if TYPE_CHECKING:
     from serval.engine.llm import LLM
 
 logger = logging.getLogger(__name__)
+
+STOPPED = "the engine has stopped after an internal error; restart the process"
 
 
 class RequestStream:
@@ -35,11 +38,11 @@ class RequestStream:
         self.request_id = request_id
         self.request: Request | None = None
         self._owner, self._open = owner, count
-        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self._queue: asyncio.Queue[Delta | EngineStoppedError] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
 
-    def push(self, delta: Delta) -> None:
-        """Called in the event loop."""
+    def push(self, delta: Delta | EngineStoppedError) -> None:
+        """Called in the event loop; an error is raised to the listener."""
         self._queue.put_nowait(delta)
 
     def __aiter__(self) -> RequestStream:
@@ -49,6 +52,9 @@ class RequestStream:
         if self._open <= 0:
             raise StopAsyncIteration
         delta = await self._queue.get()
+        if isinstance(delta, EngineStoppedError):
+            self._open = 0
+            raise delta
         if delta.finish_reason is not None:
             self._open -= 1
         return delta
@@ -58,6 +64,9 @@ class RequestStream:
         found = []
         while self._open > 0 and not self._queue.empty():
             delta = self._queue.get_nowait()
+            if isinstance(delta, EngineStoppedError):
+                self._queue.put_nowait(delta)  # nothing comes after it
+                break
             if delta.finish_reason is not None:
                 self._open -= 1
             found.append(delta)
@@ -76,7 +85,9 @@ class AsyncLLM:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[RequestStream, Delta]] = []
         self._open: dict[str, bool] = {}  # request id -> still wanted
+        self._streams: dict[str, RequestStream] = {}  # of the requests in _open
         self._draining = False
+        self._stopped = False
         self._thread = threading.Thread(target=self._work, name="serval-engine", daemon=True)
         self._thread.start()
 
@@ -88,9 +99,12 @@ class AsyncLLM:
         request_id: str | None = None,
         add_special_tokens: bool = True,
     ) -> RequestStream:
-        """Queue a prompt; returns its stream. Raises `RequestError`; then nothing is queued."""
-        if self._draining or not self._thread.is_alive():
+        """Queue a prompt; returns its stream. Raises `RequestError`, or `EngineStoppedError` when
+        the engine's thread has ended; then nothing is queued."""
+        if self._draining:
             raise RequestError("the engine is shutting down and takes no new requests")
+        if not self.alive:
+            raise EngineStoppedError(STOPPED)
         request_id = request_id or f"request-{uuid.uuid4().hex}"
         if request_id in self._open:
             raise RequestError(f"request id {request_id!r} is already in use")
@@ -107,14 +121,18 @@ class AsyncLLM:
             )
 
         self._open[request_id] = True
+        self._streams[request_id] = stream
         try:
             # A grammar may take long to compile and a long text to tokenise: not in the event loop.
             request = await asyncio.to_thread(prepare)
         except BaseException:
-            del self._open[request_id]
+            self._forget(request_id)
             raise
         stream.request = request
         self._commands.put(lambda: self._submit(request))
+        if not self.alive:  # it ended meanwhile: nobody takes commands any more
+            self._forget(request_id)
+            raise EngineStoppedError(STOPPED)
         return stream
 
     async def stream(
@@ -141,6 +159,11 @@ class AsyncLLM:
         if request_id in self._open:
             self._open[request_id] = False
             self._commands.put(lambda: self._abort(request_id))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive() and not self._stopped
 
     def stats(self) -> EngineStats:
         """A snapshot of what the engine is doing."""
@@ -170,6 +193,28 @@ class AsyncLLM:
     # In the worker thread
 
     def _work(self) -> None:
+        try:
+            self._loop()
+        except BaseException:
+            logger.critical("the engine's thread ended by an error", exc_info=True)
+            raise
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Nothing runs from here on: whoever still waits is told so."""
+        self._stopped = True
+        for stream in list(self._streams.values()):
+            with suppress(RuntimeError):  # its loop is closed: nobody listens any more
+                stream.loop.call_soon_threadsafe(stream.push, EngineStoppedError(STOPPED))
+        self._streams.clear()
+        self._open.clear()
+
+    def _forget(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+        self._streams.pop(request_id, None)
+
+    def _loop(self) -> None:
         while True:
             if not self._run_commands():
                 break
@@ -206,7 +251,7 @@ class AsyncLLM:
             self.engine.submit(request)
         except RequestError as error:  # its id is in use by LLM.generate
             self.engine.refuse(request, str(error))
-            self._open.pop(request.request_id, None)
+            self._forget(request.request_id)
             return
         if not self._open.get(request.request_id, False):  # cancelled while it was prepared
             self.engine.abort(request.request_id)
@@ -221,7 +266,7 @@ class AsyncLLM:
         for stream, delta in outbox:
             loops.setdefault(stream.loop, []).append((stream, delta))
             if delta.finish_reason is not None and stream.request_id not in self.engine.requests:
-                self._open.pop(stream.request_id, None)
+                self._forget(stream.request_id)
         for loop, deltas in loops.items():
             try:
                 loop.call_soon_threadsafe(_push_all, deltas)

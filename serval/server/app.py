@@ -12,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 import serval
+from serval.errors import EngineStoppedError
 from serval.server import answers, errors
 from serval.server.backend import Backend
 from serval.server.chat import create_chat_completion
@@ -158,9 +159,12 @@ def _add_service_routes(app: FastAPI, state: State) -> None:
 
     @app.get("/health", responses=answers.ok(answers.Health, 503))
     async def health() -> Response:
-        """200 while requests are accepted, 503 while the server shuts down."""
+        """200 while requests are accepted; 503 while the server shuts down, or when its engine has
+        stopped."""
         if state.admission.draining:
             raise APIError(503, "the server is shutting down")
+        if not state.backend.alive:
+            raise EngineStoppedError("the engine has stopped; restart the server")
         return JSONResponse({"status": "ok"})
 
     @app.get("/stats", responses=answers.ok(answers.Stats))

@@ -55,13 +55,19 @@ class Backend(Protocol):
     tokenizer: Any
     max_model_len: int
 
+    @property
+    def alive(self) -> bool:
+        """Whether prompts can still be answered."""
+        ...
+
     async def generate(
         self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]
     ) -> Stream:
         """Start one prompt; `sampling` holds fields of `SamplingParams`.
 
-        Raises ServalError when the request is invalid; then, and when cancelled, nothing runs. All
-        methods are called on the event loop's thread.
+        Raises ServalError when the request is invalid, EngineStoppedError when the engine has
+        stopped; then, and when cancelled, nothing runs. All methods are called on the event loop's
+        thread.
         """
         ...
 

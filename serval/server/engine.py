@@ -100,6 +100,10 @@ class EngineBackend:
         """Load a checkpoint directory or hub name; `arguments` go to `LLM`."""
         return cls(LLM(model, **arguments))
 
+    @property
+    def alive(self) -> bool:
+        return self.engine.alive
+
     async def generate(
         self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]
     ) -> EngineStream:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serval.errors import ServalError
+from serval.errors import EngineStoppedError, ServalError
 
 log = logging.getLogger("serval.server")
 
@@ -80,6 +80,8 @@ def as_api_error(error: Exception) -> APIError:
     """Turn whatever ended a request into an answer; the unexpected is logged and told as 500."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, EngineStoppedError):
+        return APIError(503, str(error), code="engine_stopped")
     if isinstance(error, ServalError):
         return bad_request(str(error))
     log.exception("request failed", exc_info=error)

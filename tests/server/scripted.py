@@ -48,6 +48,7 @@ class ScriptedBackend:
         self.aborted: list[str] = []
         self.seen: list[Mapping[str, Any]] = []
         self.closed = False
+        self.alive = True
 
     async def generate(
         self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]
