@@ -184,7 +184,9 @@ def plan_table(plan: dict[str, dict[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name == "policy" else "right")
     for name, entry in plan.items():
         after = f"{entry['after']:.2f}" if entry["equalized"] else ""
-        values = (f"{entry['range']:.2f}", entry["policy"], after, entry["activations"])
+        stuck = entry["policy"] == "lae" and not entry["equalized"]
+        policy = "lae, no norm" if stuck else entry["policy"]
+        values = (f"{entry['range']:.2f}", policy, after, entry["activations"])
         table.add_row(name, *values)
     return table
 
