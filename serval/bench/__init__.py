@@ -28,10 +28,17 @@ __all__ = ["BENCHES", "Case", "Report", "Setup", "run", "run_command"]
 BENCHES: dict[str, Entry] = {
     "decode": Entry("serval.bench.decode:collect", "tokens/s of decoding, Llama-3.2-1B shape"),
     "prefill": Entry("serval.bench.prefill:collect", "tokens/s of prefill, Llama-3.2-1B shape"),
+    "w4a8": Entry(
+        "serval.bench.w4a8:collect", "products with 4-bit weights: torch, ggml, scale forms"
+    ),
+    "kv": Entry("serval.bench.kv:collect", "decode attention per cache layout, Llama-3.1-8B layer"),
     "train": Entry("serval.bench.train:collect", "training tokens/s against transformers.Trainer"),
     "optim": Entry("serval.bench.optim:collect", "Muon and MONA steps against torch.optim.Muon"),
     "optim-quality": Entry(
         "serval.bench.optim_quality:collect", "AdamW, Muon and MONA train small language models"
+    ),
+    "w4a8-quality": Entry(
+        "serval.bench.w4a8_quality:collect", "what 4-bit weights and 8-bit inputs cost in quality"
     ),
     "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
 }

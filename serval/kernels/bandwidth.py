@@ -17,6 +17,7 @@ from serval.kernels import jit
 _READ = jit.Kernel("probe", "probe_read", "plpi")
 _FMA = jit.Kernel("probe", "probe_fma", "lpi")
 _INT8 = jit.Kernel("probe", "probe_int8", "lpi")
+_INT4 = jit.Kernel("probe", "probe_int4", "lpi")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _read_bandwidth(threads: int, megabytes: int, repeats: int) -> float:
 @functools.cache
 def _compute(kind: str, threads: int) -> float:
     """Giga-operations per second of independent multiply-adds in registers."""
-    function = (_FMA if kind == "float32" else _INT8).get()
+    function = {"float32": _FMA, "int8": _INT8, "int4": _INT4}[kind].get()
     if function is None:
         return 0.0
     out = torch.zeros(threads)
@@ -77,8 +78,13 @@ def float32_roof(threads: int | None = None) -> float:
 
 
 def int8_roof(threads: int | None = None) -> float:
-    """GOP/s of the int8 dot products that `int8_linear` uses on this CPU, in registers."""
+    """GOP/s of the 8-bit dot products that `quantized_linear` uses on this CPU, in registers."""
     return _compute("int8", threads or torch.get_num_threads())
+
+
+def int4_roof(threads: int | None = None) -> float:
+    """GOP/s of the products of 4-bit weights and 8-bit activations, in registers."""
+    return _compute("int4", threads or torch.get_num_threads())
 
 
 @functools.cache

@@ -45,19 +45,16 @@ EXPORT int probe_fma(int64_t rounds, float* out, int threads) {
   return 2 * W;
 }
 
-// rounds * 12 int8 dot steps per thread; returns the operations in each step of one vector.
-EXPORT int probe_int8(int64_t rounds, float* out, int threads) {
-  int operations = 0;
 #if SERVAL_AVX512 && defined(__AVX512VNNI__)
-  operations = 128;
-#define STEP(s, x, y) _mm512_dpbusd_epi32(s, x, y)
-  typedef __m512i wide;
+#define VNNI 1
+typedef __m512i wide;
 #elif SERVAL_AVX2 || SERVAL_AVX512
-  operations = 32;  // one vpmaddwd and one vpaddd
-#define STEP(s, x, y) _mm256_add_epi32(s, _mm256_madd_epi16(x, y))
-  typedef __m256i wide;
+typedef __m256i wide;
 #endif
-#ifdef STEP
+
+#if SERVAL_AVX2 || SERVAL_AVX512
+// rounds * 12 integer dot steps per thread.
+template <class Step> static void dots(int64_t rounds, float* out, int threads, Step step) {
   for (int i = 0; i < threads; i++) out[i] = 0;
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     wide acc[12], x, y;
@@ -67,7 +64,7 @@ EXPORT int probe_int8(int64_t rounds, float* out, int threads) {
     for (int64_t r = 0; r < rounds * (end - begin); r++)
 #pragma GCC unroll 12
       for (int i = 0; i < 12; i++) {
-        acc[i] = STEP(acc[i], x, y);
+        acc[i] = step(acc[i], x, y);
         asm volatile("" : "+x"(acc[i]), "+x"(x));  // nothing of the step may leave the loop
       }
     wide total = acc[0];
@@ -77,6 +74,30 @@ EXPORT int probe_int8(int64_t rounds, float* out, int threads) {
     memcpy(&first, &total, 4);
     out[begin] = (float)first;
   });
+}
 #endif
-  return operations;
+
+// Dot steps of full 8-bit numbers; returns the operations in each step of one vector, 0 where there is no such step.
+EXPORT int probe_int8(int64_t rounds, float* out, int threads) {
+#if VNNI
+  dots(rounds, out, threads, [](wide s, wide x, wide y) { return _mm512_dpbusd_epi32(s, x, y); });
+  return 128;
+#elif SERVAL_AVX2 || SERVAL_AVX512  // one vpmaddwd and one vpaddd
+  dots(rounds, out, threads, [](wide s, wide x, wide y) { return _mm256_add_epi32(s, _mm256_madd_epi16(x, y)); });
+  return 32;
+#else
+  return 0;
+#endif
+}
+
+// Dot steps of 4-bit and 8-bit numbers: the same with VNNI; with AVX2 one vpmaddubsw and one vpaddw.
+EXPORT int probe_int4(int64_t rounds, float* out, int threads) {
+#if VNNI
+  return probe_int8(rounds, out, threads);
+#elif SERVAL_AVX2 || SERVAL_AVX512
+  dots(rounds, out, threads, [](wide s, wide x, wide y) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(x, y)); });
+  return 64;
+#else
+  return 0;
+#endif
 }

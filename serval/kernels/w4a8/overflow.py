@@ -2,7 +2,8 @@
 
 Integer Scale (arXiv 2405.14597) sums everything in int32. With activations of at most 127,
 
-    |sum_g I[n, g] sum_{k in g} x[t, k] q[n, k]|  <=  127 sum_g |I[n, g]| sum_{k in g} |q[n, k]| = B_n
+    |sum_g I[n, g] sum_{k in g} x[t, k] q[n, k]|
+        <=  127 sum_g |I[n, g]| sum_{k in g} |q[n, k]|  =  B_n
 
 and x = 127 sign(I q) attains it: B_n <= 2^31 - 1 is exact, not an estimate. Sums in between may
 wrap; int32 addition is exact modulo 2^32, so only the final value counts. A kernel that works on
