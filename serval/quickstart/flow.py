@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from serval.engine.llm import LLM
-from serval.errors import ConfigError, ServalError
+from serval.errors import ServalError
 from serval.evaluate import EvalOptions, Evaluator
 from serval.evaluate.progress import progress_bar
 from serval.evaluate.report import write_bytes, write_json
+from serval.evaluate.shipped import shipped_model
 from serval.models import checkpoint
 from serval.quickstart import measures, page
 from serval.quickstart.page import Completion
@@ -169,14 +169,7 @@ def find_model(model: str | Path | None) -> Path:
     """The model's directory; the shipped one is looked for here and beside the package."""
     if model is not None:
         return checkpoint.locate(model)
-    places = [Path(ASSET), Path(__file__).resolve().parents[2] / ASSET]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    raise ConfigError(
-        f"{ASSET} was not found here ({os.getcwd()}); run this in a checkout of Serval, or name a "
-        "model: serval quickstart --model DIRECTORY"
-    )
+    return shipped_model(ASSET)
 
 
 def _lengths(model: Path) -> list[int]:
