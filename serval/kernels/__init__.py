@@ -8,13 +8,6 @@ from serval.kernels.cache_write import write_cache, write_cache_int8
 from serval.kernels.dense_linear import linear
 from serval.kernels.gated import swiglu
 from serval.kernels.grouped_linear import grouped_linear
-from serval.kernels.int8_linear import (
-    PackedInt8,
-    int8_linear,
-    int8_linear_multi,
-    pack_int8_weight,
-    unpack_int8_weight,
-)
 from serval.kernels.latent_attention import paged_latent_attention
 from serval.kernels.norm import add_rms_norm, rms_norm
 from serval.kernels.rope import rotary
@@ -31,15 +24,11 @@ from serval.kernels.w4a8 import (
 )
 
 __all__ = [
-    "PackedInt8",
     "PackedWeight",
     "add_rms_norm",
     "empty_packed_weight",
     "grouped_linear",
-    "int8_linear",
-    "int8_linear_multi",
     "linear",
-    "pack_int8_weight",
     "pack_weight",
     "paged_attention",
     "paged_attention_int8",
@@ -52,7 +41,6 @@ __all__ = [
     "rotary",
     "stack_weights",
     "swiglu",
-    "unpack_int8_weight",
     "unpack_weight",
     "write_cache",
     "write_cache_int8",

@@ -85,13 +85,13 @@ def test_without_a_working_compiler_one_warning_and_the_reference(
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     x = torch.randn(3, 8)
-    packed = kernels.pack_int8_weight(torch.ones(4, 8).char(), torch.ones(4))
+    packed = kernels.pack_weight(torch.ones(4, 8).char(), torch.ones(4), bits=8)
     with pytest.warns(RuntimeWarning, match=r"C\+\+ kernels are not available"):
         kernels.rms_norm(x, torch.ones(8), 1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once, not again
         kernels.swiglu(x, x)
-        kernels.int8_linear(x, packed)
+        kernels.quantized_linear(x, packed)
     assert not list((fresh / "cache").glob("*.so"))
 
 
@@ -150,8 +150,10 @@ def test_custom_ops_trace_and_have_shapes() -> None:
     q = torch.randn(4, 2, 8)
     rotary = (q, q, table, table, positions, False, 1.0)
     torch.library.opcheck(torch.ops.serval.rotary, rotary, test_utils=utils)
-    packed = kernels.pack_int8_weight(torch.ones(5, 8).char(), torch.ones(5))
-    torch.library.opcheck(torch.ops.serval.int8_linear, (x, *packed, None), test_utils=utils)
+    codes, scales = torch.ones(5, 8).char(), torch.ones(5, 2)
+    packed = kernels.pack_weight(codes, scales, bits=4, group_size=4)
+    quantized = (x, *packed[:3], None, 4, 4, "token", 0.0)
+    torch.library.opcheck(torch.ops.serval.quantized_linear, quantized, test_utils=utils)
     cache = torch.randn(2, 2, 4, 8)
     slots = torch.tensor([0, 3, 5, 7])
     torch.library.opcheck(
