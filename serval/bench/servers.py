@@ -181,7 +181,7 @@ class Server:
         self._open.close()
 
     def _start(self, stack: ExitStack) -> None:
-        self._log = stack.enter_context(tempfile.TemporaryFile())
+        self._log = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 closed by the stack
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

@@ -6,42 +6,65 @@
 // turn defeat the hardware's prefetching. The lines needed next are requested evenly while computing (values during the
 // scores, the next keys during the sums): requested in bursts, they block the loads behind them.
 #pragma once
+#include <type_traits>
 #include "flash.h"
 
 constexpr int TILE = 32;  // keys per step: a block of the default size, so that a tile is one piece of memory
 
-// c[r][j] = dot product of query row r and key row j, for R rows and J keys, R * J <= 4; depth a multiple of W, DEPTH its
-// value where known at compile time, else 0. Meanwhile rows `ahead`, as long as keys, are requested.
-template <int R, int J, int DEPTH, class T>
+// One key and R query rows: acc[r * step] += products, lane by lane; depth a multiple of W (of 2 W for pairs). Meanwhile
+// row `ahead`, as long as a key, is requested. DEPTH: depth where known at compile time, else 0.
+template <int R, int DEPTH, class T>
+static INLINE void few_products(int64_t depth, const float* a, int64_t lda, const T* key, const T* ahead, vf* acc,
+                                int step) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  constexpr int V = std::is_same<T, bf16_pairs>::value ? 2 : 1;
+  if (DEPTH) depth = DEPTH;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < depth; i += V * W) {
+    if (i % LINE == 0) __builtin_prefetch(ahead + i, 0, 2);
+    if (V * W > LINE) __builtin_prefetch(ahead + i + LINE, 0, 2);
+    vf b[V];
+    load_row<V>(key + i, b);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) acc[r * step] += load(a + r * lda + i + v * W) * b[v];
+  }
+}
+
+// c[r][j] = dot product of query row r and key row j, for R rows and four keys, one key after the other.
+template <int R, int DEPTH, class T>
 static INLINE void few_dots(int64_t depth, const float* a, int64_t lda, const T* const* keys, const T* const* ahead,
                             float* c) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  if (DEPTH) depth = DEPTH;
-  vf acc[4];
+#if SERVAL_AVX512
+  if (R == 4) {
+    vf acc[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) acc[i] = vf{};
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) acc[i] = vf{};
-  auto line = [&](int64_t at, int64_t n) {  // n elements, at most one cache line of each key
+    for (int j = 0; j < 4; j++) few_products<R, DEPTH>(depth, a, lda, keys[j], ahead[j], acc + j, 4);
+    const __m512 out = sums16(acc);
+    _mm_storeu_ps(c, _mm512_castps512_ps128(out));
+    _mm_storeu_ps(c + TILE, _mm512_extractf32x4_ps(out, 1));
+    _mm_storeu_ps(c + 2 * TILE, _mm512_extractf32x4_ps(out, 2));
+    _mm_storeu_ps(c + 3 * TILE, _mm512_extractf32x4_ps(out, 3));
+    return;
+  }
+#endif
+  constexpr int J = R == 1 ? 4 : R == 2 ? 2 : 1;  // keys whose sums are made together
+  for (int64_t j = 0; j < 4; j += J) {
+    vf acc[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < J; j++) __builtin_prefetch(ahead[j] + at, 0, 2);
+    for (int i = 0; i < 4; i++) acc[i] = vf{};
 #pragma GCC unroll 4
-    for (int64_t i = at; i < at + n; i += W)
+    for (int i = 0; i < J; i++) few_products<R, DEPTH>(depth, a, lda, keys[j + i], ahead[j + i], acc + i, J);
+    float out[4];
+    sums(acc, out);
 #pragma GCC unroll 4
-      for (int j = 0; j < J; j++) {
-        const vf b = load(keys[j] + i);
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) acc[r * J + j] += load(a + r * lda + i) * b;
-      }
-  };
-  int64_t at = 0;
-#pragma GCC unroll 8
-  for (; at + LINE <= depth; at += LINE) line(at, LINE);
-  for (; at < depth; at += W) line(at, W);
-  float out[4];
-  sums(acc, out);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int j = 0; j < J; j++) c[r * TILE + j] = out[r * J + j];
+      for (int i = 0; i < J; i++) c[r * TILE + j + i] = out[r * J + i];
+  }
 }
 
 // Scores s [rows, TILE] of query rows with `count` keys (rounded up to 4; the pointers beyond are valid rows).
@@ -50,17 +73,12 @@ static INLINE void few_scores(int64_t rows, int64_t count, int64_t depth, const 
                               const T* const* ahead, float* s) {
   for (int64_t j = 0; j < count; j += 4) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      for (int i = 0; i < 4; i++)
-        few_dots<4, 1, DEPTH>(depth, q + r * depth, depth, keys + j + i, ahead + j + i, s + r * TILE + j + i);
+    for (; r + 4 <= rows; r += 4) few_dots<4, DEPTH>(depth, q + r * depth, depth, keys + j, ahead + j, s + r * TILE + j);
     const float* rest = q + r * depth;
     float* to = s + r * TILE + j;
-    if (rows - r == 3)
-      for (int i = 0; i < 4; i++) few_dots<3, 1, DEPTH>(depth, rest, depth, keys + j + i, ahead + j + i, to + i);
-    else if (rows - r == 2)
-      for (int i = 0; i < 4; i += 2) few_dots<2, 2, DEPTH>(depth, rest, depth, keys + j + i, ahead + j + i, to + i);
-    else if (rows - r == 1)
-      few_dots<1, 4, DEPTH>(depth, rest, depth, keys + j, ahead + j, to);
+    if (rows - r == 3) few_dots<3, DEPTH>(depth, rest, depth, keys + j, ahead + j, to);
+    else if (rows - r == 2) few_dots<2, DEPTH>(depth, rest, depth, keys + j, ahead + j, to);
+    else if (rows - r == 1) few_dots<1, DEPTH>(depth, rest, depth, keys + j, ahead + j, to);
   }
 }
 
@@ -84,7 +102,7 @@ static INLINE void few_sums(int64_t rows, int64_t count, int64_t columns, const 
   int64_t j = 0;
   for (; j + TILE_VECS * W <= columns; j += TILE_VECS * W)
     tile_rows<TILE_VECS>(rows, count, s, TILE, [&](int64_t k) { ahead.request(); return values[k] + j; }, o + j, columns, alpha);
-  for (; j < columns; j += W)
+  if constexpr (!std::is_same<T, bf16_pairs>::value) for (; j < columns; j += W)
     tile_rows<1>(rows, count, s, TILE, [&](int64_t k) { ahead.request(); return values[k] + j; }, o + j, columns, alpha);
 }
 
@@ -108,8 +126,10 @@ static INLINE void locate(const Attention& a, const int32_t* table, int64_t firs
   for (int64_t j = at.count; j < TILE; j++) at.k[j] = at.k[0], at.v[j] = at.v[0], at.scale[j] = at.scale[0];
 }
 
+// A part of a sequence of few rows, for several heads; writes partials.
 template <int DEPTH, class T>
 static void run_few(const Attention& a, const Task& t, const Partials& partials) {
+  constexpr bool PAIRS = std::is_same<T, bf16_pairs>::value;
   const int64_t group = a.heads / a.kv_heads, rows = t.count * group, depth = a.q_dim, columns = a.v_dim;
   const int64_t need = t.heads * rows * (depth + columns + 2) + rows * (TILE + 1) + 2 * TILE + 8 * 32;
   if ((int64_t)scratch.memory.size() < need + 16) scratch.memory.resize(need + 16);
@@ -125,7 +145,7 @@ static void run_few(const Attention& a, const Task& t, const Partials& partials)
     for (int64_t r = 0; r < rows; r++) {
       const float* from = a.q + (begin + t.first + r / group) * a.q_row + ((t.kv_head + h) * group + r % group) * a.q_head;
       float* to = q + (h * rows + r) * depth;
-      for (int64_t d = 0; d < depth; d++) to[d] = from[d] * a.scale;
+      for (int64_t d = 0; d < depth; d++) to[PAIRS ? pair_place(d) : d] = from[d] * a.scale;
     }
   for (int64_t r = 0; r < t.heads * rows; r++) m[r] = LOWEST, l[r] = 0;
   memset(o, 0, t.heads * rows * columns * sizeof(float));
@@ -174,5 +194,20 @@ static void run_few(const Attention& a, const Task& t, const Partials& partials)
   }
   memcpy(partials.m + t.partial, m, t.heads * rows * sizeof(float));
   memcpy(partials.l + t.partial, l, t.heads * rows * sizeof(float));
-  memcpy(partials.o + t.partial * columns, o, t.heads * rows * columns * sizeof(float));
+  float* out = partials.o + t.partial * columns;
+  for (int64_t r = 0; r < t.heads * rows; r++)
+    if (PAIRS) for (int64_t d = 0; d < columns; d++) out[r * columns + d] = o[r * columns + pair_place(d)];
+    else memcpy(out + r * columns, o + r * columns, columns * sizeof(float));
+}
+
+template <class T> static void run_few_of(const Attention& a, const Task& t, const Partials& partials) {
+  if (a.q_dim == 128) run_few<128, T>(a, t, partials);
+  else if (a.q_dim == 64) run_few<64, T>(a, t, partials);
+  else run_few<0, T>(a, t, partials);
+}
+template <> void run_few_of<bf16>(const Attention& a, const Task& t, const Partials& partials) {
+  if (a.q_dim % (2 * W) || a.v_dim % (TILE_VECS * W)) run_few<0, bf16>(a, t, partials);
+  else if (a.q_dim == 128) run_few<128, bf16_pairs>(a, t, partials);
+  else if (a.q_dim == 64) run_few<64, bf16_pairs>(a, t, partials);
+  else run_few<0, bf16_pairs>(a, t, partials);
 }

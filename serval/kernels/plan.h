@@ -90,10 +90,8 @@ template <class T> static int attend(const Attention& a, int threads) {
   const Partials partials{buffer.data(), buffer.data() + plan.rows, buffer.data() + 2 * plan.rows};
   const std::vector<Task>& tasks = plan.tasks;
   parallel_tasks(tasks.size(), 1, plan.work < 400000 ? 1 : threads, [&](int64_t i) {
-    if (!tasks[i].few) run_task<T>(a, tasks[i], partials);
-    else if (a.q_dim == 128) run_few<128, T>(a, tasks[i], partials);
-    else if (a.q_dim == 64) run_few<64, T>(a, tasks[i], partials);
-    else run_few<0, T>(a, tasks[i], partials);
+    if (tasks[i].few) run_few_of<T>(a, tasks[i], partials);
+    else run_task<T>(a, tasks[i], partials);
   });
   parallel_tasks(plan.merges.size(), 1, plan.rows * a.v_dim < 1000000 ? 1 : threads, [&](int64_t i) {
     const Merge& one = plan.merges[i];

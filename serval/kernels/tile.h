@@ -10,6 +10,27 @@ constexpr int TILE_ROWS = 6, TILE_VECS = 2;  // 12 of 16
 constexpr int TILE_ROWS = 4, TILE_VECS = 2;
 #endif
 
+// V vectors of a row, in order.
+template <int V, class T> static INLINE void load_row(const T* p, vf* out) {
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v++) out[v] = load(p + v * W);
+}
+
+// bfloat16 numbers taken two vectors at a time: first those at even places, then those at odd ones. That saves half of
+// the widening, where the order within 2 W places may be changed; see `pair_place`.
+struct bf16_pairs { uint16_t bits; };
+template <int V> static INLINE void load_row(const bf16_pairs* p, vf* out) {
+  static_assert(V % 2 == 0, "pairs of vectors");
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v += 2) {
+    vu both;
+    memcpy(&both, p + v * W, sizeof both);
+    out[v] = (vf)(both << 16), out[v + 1] = (vf)(both & 0xffff0000u);
+  }
+}
+// Where place i of a row goes when its vectors are taken as pairs.
+static INLINE int64_t pair_place(int64_t i) { return i / (2 * W) * (2 * W) + i % 2 * W + i % (2 * W) / 2; }
+
 // c[r][:] = (alpha ? alpha[r] * c[r][:] : 0) + sum_k a[r][k] * row(k)[:], for R rows and V vectors of columns.
 // row(k) may be float or int8, and may issue a prefetch.
 template <int R, int V, class Row>
@@ -23,8 +44,7 @@ static INLINE void tile(int64_t depth, const float* a, int64_t lda, Row row, flo
   for (int64_t k = 0; k < depth; k++) {
     const auto* b = row(k);
     vf bv[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) bv[v] = load(b + v * W);
+    load_row<V>(b, bv);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       vf x = splat(a[r * lda + k]);
@@ -87,6 +107,25 @@ static INLINE void sums(const vf* v, float* out) {  // out[i] = sum(v[i]) for fo
   for (int i = 0; i < 4; i++) out[i] = sum(v[i]);
 #endif
 }
+
+#if SERVAL_AVX512
+// out[4 r + j] = sum(v[4 r + j]) for 16 vectors: halves are added and interleaved until one vector holds all sums.
+static INLINE __m512 sums16(const vf* v) {
+  __m512 w[8], x[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {  // quarters of w[i]: two of rows 0 or 2, two of rows 1 or 3
+    const __m512 a = (__m512)v[i < 4 ? i : i + 4], b = (__m512)v[i < 4 ? i + 4 : i + 8];
+    w[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)  // quarters of x[i]: rows 0 to 3
+    x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(w[i], w[i + 4], 0x88), _mm512_shuffle_f32x4(w[i], w[i + 4], 0xdd));
+  const __m512 y0 = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 y1 = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  return _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)y0, (__m512d)y1),
+                       (__m512)_mm512_unpackhi_pd((__m512d)y0, (__m512d)y1));
+}
+#endif
 
 static INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
