@@ -21,11 +21,17 @@ ROOM = 64  # most steps of a round
 def engines(threads: int) -> dict[str, tuple[EngineSpec, list[EngineSpec]]]:
     """Ours by the word that case names begin with, each with its peers."""
     exact = [transformers("static"), transformers("dynamic"), llama_cpp("F16", threads)]
-    small = [llama_cpp("Q8_0", threads)]
+    small, smallest = [llama_cpp("Q8_0", threads)], [llama_cpp("Q4_0", threads)]
     return {
         "float32": (serval("float32"), exact),
         "int8": (serval("int8", weights="int8"), small),
         "int8-kv8": (serval("int8, int8 cache", weights="int8", kv="int8"), small),
+        "w4a8": (serval("W4A8 per channel", weights="w4a8"), smallest),
+        "w4a8g128": (serval("W4A8 g128", weights="w4a8-g128"), smallest),
+        "w4a8g128-kv8": (
+            serval("W4A8 g128, int8 cache", weights="w4a8-g128", kv="int8"),
+            smallest,
+        ),
     }
 
 

@@ -44,10 +44,11 @@ class EngineSpec:
 
 
 def serval(label: str, **arguments: Any) -> EngineSpec:
-    """One of ours; while an int8 model is made, its float32 weights are in memory too."""
+    """One of ours; arguments as `ours.ServalEngine`."""
     cache = cache_bytes_per_number(arguments.get("kv", "full"))
+    weights = {None: 4.0, "int8": 1.1}.get(arguments.get("weights"), 0.8)  # int8 tables included
     name, target = f"serval {label}", "serval.bench.ours:ServalEngine"
-    return EngineSpec(name, name, target, arguments, 4.0, cache)
+    return EngineSpec(name, name, target, arguments, weights, cache)
 
 
 def cache_bytes_per_number(kv: str) -> float:
@@ -70,7 +71,7 @@ def transformers(cache: str) -> EngineSpec:
 def llama_cpp(kind: str, threads: int) -> EngineSpec:
     target = "serval.bench.peers:LlamaCppEngine"
     arguments = {"kind": kind, "threads": threads}
-    weights = {"F16": 2.0, "Q8_0": 2.2}[kind]  # Q8_0: the mapped file and its repacked copy
+    weights = {"F16": 2.0, "Q8_0": 2.2, "Q4_0": 1.3}[kind]  # the mapped file and a repacked copy
     name = f"llama.cpp {kind}"
     return EngineSpec(name, name, target, arguments, weights, 2.0)
 
@@ -83,6 +84,7 @@ class Bench:
     config: ModelConfig
     pool: WorkerPool
     memory: dict[str, int] = field(default_factory=dict)  # label -> resident bytes when measured
+    peaks: dict[str, int] = field(default_factory=dict)  # label -> most resident bytes so far
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def worker(self, spec: EngineSpec, batch: int, length: int) -> Worker:
@@ -115,6 +117,7 @@ class Bench:
                 self._learn(spec, worker)
             sample = work(worker)
             self.memory[spec.label] = worker.resident_bytes()
+            self.peaks[spec.label] = worker.peak_bytes()
             return sample
 
         return Contestant(spec.label, measure)
@@ -126,11 +129,13 @@ class Bench:
         self.facts[spec.label] = facts
 
     def metrics(self, ours: Outcome, peer: Outcome | None, tokens: int) -> dict[str, Any]:
-        """tokens: how many a measured unit makes. Memory is resident memory of the process."""
+        """tokens: how many a measured unit makes. Memory is resident memory of the process, when
+        measured and at most."""
         metrics: dict[str, Any] = {}
         for prefix, outcome in (("", ours), ("peer_", peer)):
             if outcome is None or not outcome.samples:
                 continue
             metrics[prefix + "tokens_per_second"] = tokens / outcome.seconds
             metrics[prefix + "resident_gib"] = self.memory[outcome.name] / GIB
+            metrics[prefix + "peak_gib"] = self.peaks[outcome.name] / GIB
         return metrics

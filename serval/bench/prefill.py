@@ -3,8 +3,8 @@ llama.cpp.
 
 A measured unit is the whole call: `batch` prompts of `context` tokens, from nothing to their first
 token. Floor: the operations of the weights and of causal attention at a measured roof: of float32
-matrix products for float32, of int8 dot products in registers for int8 (whose attention is float32:
-the true floor lies higher).
+matrix products for float32, of integer dot products in registers for int8 and W4A8 (whose attention
+is float32: the true floor lies higher).
 
 65,536 tokens at once would take an hour a round, so that case runs 4 of the 16 layers and says so
 in its name; every layer costs the same, and the ratio with it.
@@ -18,21 +18,29 @@ from serval.bench.harness import Case, Sample, Setup, compare, paired_rounds
 from serval.bench.language_models import Bench, EngineSpec, llama_cpp, serval, transformers
 from serval.bench.shapes import SHAPES, attention_flops, head_parameters, linear_parameters
 from serval.bench.worker import Worker, WorkerPool
-from serval.kernels.bandwidth import int8_roof, matmul_roof
+from serval.kernels.bandwidth import int4_roof, int8_roof, matmul_roof
 from serval.models.config import ModelConfig
 
 # Operations per nanosecond that each kind of ours could reach, by the word of its case name.
-ROOFS: dict[str, Callable[[], float]] = {"float32": matmul_roof, "int8": int8_roof}
+ROOFS: dict[str, Callable[[], float]] = {
+    "float32": matmul_roof,
+    "int8": int8_roof,
+    "w4a8": int4_roof,
+    "w4a8g128": int4_roof,
+}
 
 
 def engines(threads: int) -> dict[str, tuple[EngineSpec, list[EngineSpec]]]:
     """Ours by the word that case names begin with, each with its peers."""
+    smallest = [llama_cpp("Q4_0", threads)]
     return {
         "float32": (
             serval("float32"),
             [transformers("dynamic"), llama_cpp("F16", threads)],
         ),
         "int8": (serval("int8", weights="int8"), [llama_cpp("Q8_0", threads)]),
+        "w4a8": (serval("W4A8 per channel", weights="w4a8"), smallest),
+        "w4a8g128": (serval("W4A8 g128", weights="w4a8-g128"), smallest),
     }
 
 
@@ -43,12 +51,13 @@ def prompt_flops(config: ModelConfig, batch: int, length: int) -> float:
 
 
 def collect(setup: Setup) -> list[Case]:
-    """All cases: batch 1 and 8, prompts of 512 and 8192 tokens; the longer, the fewer rounds."""
+    """All cases: batch 1 and 8, prompts of 512 and 8192 tokens, for W4A8 also of 2048; the longer,
+    the fewer rounds."""
     import torch
 
     threads = torch.get_num_threads()
     shape = "llama-1b"
-    contexts: tuple[int, ...] = (512, 8192)
+    contexts: tuple[int, ...] = (512, 2048, 8192)
     if setup.quick:
         shape, contexts = "tiny", (64,)
     compared = engines(threads)
@@ -62,7 +71,9 @@ def collect(setup: Setup) -> list[Case]:
                 bench = Bench(part, config, pool)
                 rounds = 1 if setup.quick else max(1, min(5, 8192 // (batch * context)))
                 names = {
-                    kind: f"{kind}-{part}-prefill-batch{batch}-ctx{context}" for kind in compared
+                    kind: f"{kind}-{part}-prefill-batch{batch}-ctx{context}"
+                    for kind in compared
+                    if context != 2048 or kind.startswith("w4a8")
                 }
                 chosen = {k: compared[k] for k, name in names.items() if setup.wants(name)}
                 if not chosen:
