@@ -26,7 +26,7 @@ from serval.compress.running import BlockRunner, next_sites, rounded_inputs
 from serval.compress.scheme import QuantizedWeight, WeightScheme, quantize, require_finite
 from serval.compress.statistics import Wanted
 from serval.compress.storage import Format
-from serval.compress.targets import Target, targets
+from serval.compress.targets import Target, forget, targets
 from serval.errors import ConfigError
 from serval.models import checkpoint
 from serval.models.decoder import Decoder
@@ -204,6 +204,7 @@ class Blockwise:
                 scales=torch.cat([part.scales for part in parts]),
             )
             install(self.decoder, target, made, format=self.format)
+            forget(target.module)
             self.report.quantised[target.name] = describe(scheme)
 
     # -- blocks ------------------------------------------------------------------------------------
@@ -336,6 +337,7 @@ class Blockwise:
             if all(name in made for name in names):
                 weights = [made[name] for name in names]
                 install(self.decoder, target, weights, format=self.format)
+                forget(target.module)  # which nothing but this list of targets holds now
             elif any(name in made for name in names):
                 kept = next(name for name in names if name not in made)
                 raise ConfigError(

@@ -132,7 +132,10 @@ def _pieces(texts: Sequence[str], tokenizer: Any, room: int, random: Random) -> 
             start = random.randrange(max(1, len(text) - characters // 2))
             start = 0 if start < characters // 8 else text.find("\n", start) + 1
             part = text[start : start + characters]
-            yield [int(t) for t in tokenizer(part, add_special_tokens=False).input_ids[:room]]
+            yield [
+                int(t)
+                for t in tokenizer(part, add_special_tokens=False, verbose=False).input_ids[:room]
+            ]
 
 
 def random_tokens(config: ModelConfig, samples: int, length: int, seed: int = 0) -> list[Tensor]:

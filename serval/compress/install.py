@@ -91,12 +91,12 @@ def installed(decoder: Decoder) -> tuple[dict[str, Storage], dict[str, Storage]]
     linears: dict[str, Storage] = {}
     tables: dict[str, Storage] = {}
     for path, module in decoder.named_modules():
-        name = family.rename(path, config) if path else ""
         if isinstance(module, QuantizedEmbedding):
-            tables[name] = module.storage
+            tables[family.rename(path, config)] = module.storage
         elif isinstance(module, (QuantizedLinear, DequantizedLinear)):
-            linears[name] = module.storage
+            linears[family.rename(path, config)] = module.storage
         elif isinstance(module, QuantizedExperts):
+            name = family.rename(path, config)
             for expert in range(len(module.down.input_scales)):
                 for leaf, storage in module.storages().items():
                     linears[f"{name}.{expert}.{leaf}"] = storage

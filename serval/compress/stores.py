@@ -10,9 +10,8 @@ from torch import nn
 from serval.compress.blockwise import Part, PartReport, Samples
 from serval.compress.install import empty_module, installed, place
 from serval.compress.storage import Storage
-from serval.compress.targets import Target, replace, targets
+from serval.compress.targets import Target, forget, replace, targets
 from serval.compress.workspace import Workspace
-from serval.models.checkpoint.quantized import CheckpointModule
 from serval.models.checkpoint.reading import OpenCheckpoint
 from serval.models.checkpoint.writing import part_tensors
 from serval.models.config import ModelConfig
@@ -65,7 +64,7 @@ class CheckpointStore:
             self.opened.fill("embed_tokens", dtype)
             assert isinstance(self.decoder.lm_head, nn.Linear)
             self.decoder.lm_head.weight = self.decoder.embed_tokens.weight
-            _forget(self.decoder.embed_tokens)
+            forget(self.decoder.embed_tokens)
         else:
             self.opened.fill(path, dtype)
 
@@ -107,16 +106,7 @@ class CheckpointStore:
             if names[0] in storages:
                 place(self.decoder, target, empty_module(target, [storages[n] for n in names]))
         for path in part.paths:
-            _forget(self.decoder.get_submodule(path))
-
-
-def _forget(module: nn.Module) -> None:
-    """Give back the storage of a module's float parameters."""
-    for owner in module.modules():
-        if not isinstance(owner, CheckpointModule):
-            for name, parameter in list(owner.named_parameters(recurse=False)):
-                empty = torch.empty_like(parameter, device="meta")
-                setattr(owner, name, nn.Parameter(empty, requires_grad=False))
+            forget(self.decoder.get_submodule(path))
 
 
 def untie(decoder: Decoder, config: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from serval.models.checkpoint.quantized import CheckpointModule
 from serval.models.checkpoint.registry import family_of
 from serval.models.decoder import Decoder
 from serval.models.moe import Experts, Router
@@ -91,3 +92,12 @@ def replace(decoder: Decoder, path: str, module: nn.Module) -> None:
     owner, _, leaf = path.rpartition(".")
     module.train(decoder.training)
     setattr(decoder.get_submodule(owner), leaf, module)
+
+
+def forget(module: nn.Module) -> None:
+    """Give back the storage of a module's float parameters; their shapes stay."""
+    for owner in module.modules():
+        if not isinstance(owner, CheckpointModule):
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                empty = torch.empty_like(parameter, device="meta")
+                setattr(owner, name, nn.Parameter(empty, requires_grad=False))

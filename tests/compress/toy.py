@@ -27,7 +27,7 @@ def moe_decoder(**changes: object) -> Decoder:
     return decoder(moe=moe, family="qwen3_moe", qk_norm=True, **changes)
 
 
-def mla_decoder() -> Decoder:
+def mla_decoder(**changes: object) -> Decoder:
     mla = MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12)
     moe = MoEConfig(
         num_experts=4,
@@ -38,4 +38,4 @@ def mla_decoder() -> Decoder:
         selection_bias=True,
         shared_intermediate_size=36,
     )
-    return decoder(mla=mla, moe=moe, moe_layers=[False, True], family="deepseek_v3")
+    return decoder(mla=mla, moe=moe, moe_layers=[False, True], family="deepseek_v3", **changes)

@@ -95,7 +95,7 @@ class DeepSeekV3(Family):
             return super().rename(name, config)
         _, depth, rest = name.split(".", 2)
         part, _, leaf = rest.partition(".")
-        rest = leaf if part == "block" else f"{_MTP_NAMES.get(part, part)}.{leaf}"
+        rest = leaf if part == "block" else f"{_MTP_NAMES.get(part, part)}.{leaf}".rstrip(".")
         return f"model.layers.{config.num_hidden_layers + int(depth)}.{rest}"
 
     def fit(self, config: ModelConfig, names: Iterable[str]) -> ModelConfig:
