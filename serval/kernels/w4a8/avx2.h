@@ -115,7 +115,7 @@ static void nibbles(const uint8_t* w, const void* scales, const int8_t* x, const
 
 // 8 bits: totals[R][4 J] of 4 J channels. start: [groups][R].
 template <int MODE, int R, int J>
-static void bytes(const uint8_t* w, const void* scales, const int16_t* x, const int32_t* start, const Spec& s, int lane,
+static INLINE void bytes(const uint8_t* w, const void* scales, const int16_t* x, const int32_t* start, const Spec& s, int lane,
                   int32_t* totals) {
   const int64_t segments = MODE == CHANNEL ? 1 : s.groups;
   memset(totals, 0, sizeof(int32_t) * R * J * 4);
@@ -180,8 +180,8 @@ static void rows_of(const Layer& y, const Spec& s, const Block& b, const char* c
   if (BITS == 8 && R <= 2) {
     bytes<MODE, R, 4>(w, scales, (const int16_t*)codes, start, s, 0, totals[0]), width = 16;
   } else if (BITS == 8) {
-    for (int half = 0; half < 2; half++)
-      bytes<MODE, R, 2>(w, scales, (const int16_t*)codes, start, s, half * 8, totals[half]);
+    bytes<MODE, R, 2>(w, scales, (const int16_t*)codes, start, s, 0, totals[0]);
+    bytes<MODE, R, 2>(w, scales, (const int16_t*)codes, start, s, 8, totals[1]);  // cells are in L1 by now
   } else if (open) {
     nibbles<MODE, R, 2, true>(open, scales, (const int8_t*)codes, start, s, 0, totals[0]), width = 16;
   } else if (V == 2) {

@@ -15,10 +15,10 @@ struct Work {
 };
 static thread_local Work work;
 
-static int64_t size_for(int64_t rows) {
+static int64_t size_for(int64_t rows) {  // 0: there is no micro-kernel for so many
   for (int size : SIZES)
     if (size >= rows) return size;
-  return rows;
+  return 0;
 }
 
 template <int BITS, int MODE, class... Rest>
@@ -34,8 +34,8 @@ static void block_of(const Layer& y, const Spec& s, const Block& b, const Rest&.
     case 5: rows_of<BITS, MODE, 5>(y, s, b, rest...); break;
 #endif
 #if VNNI && SERVAL_AVX512
-    case 8: rows_of<BITS, CHANNEL, 8>(y, s, b, rest...); break;  // group scales take at most 6 rows
-    case 12: rows_of<BITS, CHANNEL, 12>(y, s, b, rest...); break;
+    case 8: rows_of<BITS, MODE, 8>(y, s, b, rest...); break;
+    case 12: rows_of<BITS, CHANNEL, 12>(y, s, b, rest...); break;  // group scales take 8 rows at most
 #endif
 #endif
   }
@@ -65,12 +65,13 @@ static void unit(const Layer& y, const Spec& s, const Input& x, const Block* b, 
 #endif
 }
 
-// Blocks of one range of rows: as large as a micro-kernel takes, and a rest; what little is left last is halved.
+// Blocks of one range of rows: as large as is fastest, and a rest; up to 8 rows stay together where a kernel takes them,
+// since they read the weight once.
 static void cut(int64_t first, int64_t rows, int mode, std::vector<Block>& blocks) {
   int64_t slot = blocks.empty() ? 0 : blocks.back().slot + blocks.back().size;
   for (int64_t row = 0, count; row < rows; row += count) {
     const int64_t left = rows - row, most = max_rows(mode);
-    count = left <= most ? left : left <= 8 ? (left + 1) / 2 : most;
+    count = left <= most || (left <= 8 && size_for(left)) ? left : left <= 8 ? (left + 1) / 2 : most;
     const int64_t size = size_for(count);
     blocks.push_back({first + row, count, size, slot});
     slot += size;

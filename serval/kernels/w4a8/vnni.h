@@ -31,6 +31,7 @@ constexpr int PARTS = 1;
 // With group scales sums and totals share the registers, 12 of each.
 static constexpr int panels_of(int rows, int mode) { return rows <= (mode == CHANNEL ? 4 : 3) ? 4 : 2; }
 static INLINE int64_t max_rows(int mode) { return mode == CHANNEL ? 12 : 6; }
+constexpr int SIZES[] = {1, 2, 3, 4, 6, 8, 12};
 #elif defined(__AVXVNNI__)
 #define VNNI 1
 typedef __m256i wide;
@@ -54,6 +55,7 @@ static INLINE wide_float floats(const float* p) { return _mm256_loadu_ps(p); }
 constexpr int PARTS = 2;
 static constexpr int panels_of(int rows, int) { return rows <= 2 ? 2 : 1; }
 static INLINE int64_t max_rows(int) { return 6; }
+constexpr int SIZES[] = {1, 2, 3, 4, 6};
 #endif
 
 #if VNNI
@@ -143,12 +145,12 @@ static void micro(const uint8_t* const* w, const void* const* scales, const int8
       wide_float factor;
       if (MODE == INTEGER) {
         const int16_t* p = (const int16_t*)scales[v / PARTS] + lane;
-        if (R <= 4) __builtin_prefetch(p + P * s.groups * PANEL);  // for the next P panels
+        if (R <= 8) __builtin_prefetch(p + P * s.groups * PANEL);  // for the next P panels
         scale = narrow ? unsigned16(p) : signed16(p);
       }
       if (MODE == FLOAT) {
         const float* p = (const float*)scales[v / PARTS] + lane;
-        if (R <= 4) __builtin_prefetch(p + P * s.groups * PANEL);
+        if (R <= 8) __builtin_prefetch(p + P * s.groups * PANEL);
         factor = floats(p);
       }
 #pragma GCC unroll 16
@@ -167,7 +169,6 @@ static void micro(const uint8_t* const* w, const void* const* scales, const int8
       memcpy(totals + (r * P + v / PARTS) * PANEL + (v % PARTS) * LANES, &total[r][v], sizeof(wide));
 }
 
-constexpr int SIZES[] = {1, 2, 3, 4, 6, 8, 12};
 static INLINE int64_t word_bytes(int) { return 4; }
 
 // Every panel in [panel, panel + panels) for one block of rows.
