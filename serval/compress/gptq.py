@@ -37,6 +37,8 @@ from serval.errors import ConfigError
 
 Search = Literal["max", "mse"]
 
+_COLUMNS = 8
+
 
 @dataclass
 class GPTQ(Recipe):
@@ -211,16 +213,40 @@ def _quantize_block(
     """Columns start to stop, each spreading its error over those after it in the block. Returns
     the errors divided by U_ii, [stop - start, N]."""
     errors = torch.empty(stop - start, w.shape[1])
-    within = upper[start:stop, start:stop]
-    diagonal, groups = within.diagonal().tolist(), group[start:stop].tolist()
-    for i in range(stop - start):
-        column, scale = w[start + i], scales[groups[i]]
-        code = (column / scale).round_().clamp_(scheme.lowest, scheme.highest)
-        codes[start + i] = code
-        torch.sub(column, code.mul_(scale), out=errors[i]).div_(diagonal[i])
-        if i + 1 < stop - start:
-            w[start + i + 1 : stop].addr_(within[i, i + 1 :], errors[i], alpha=-1)
+    for first in range(start, stop, _COLUMNS):  # few columns at a time stay in the cache
+        last = min(first + _COLUMNS, stop)
+        part = errors[first - start : last - start]
+        _quantize_columns(
+            w[first:last],
+            codes[first:last],
+            upper[first:last, first:last],
+            scales,
+            group[first:last].tolist(),
+            scheme,
+            part,
+        )
+        if last < stop:
+            w[last:stop].addmm_(upper[first:last, last:stop].T, part, alpha=-1)
     return errors
+
+
+def _quantize_columns(
+    w: Tensor,
+    codes: Tensor,
+    upper: Tensor,
+    scales: Tensor,
+    groups: list[int],
+    scheme: WeightScheme,
+    errors: Tensor,
+) -> None:
+    """A few columns w [C, N], one after the other; fills codes and errors [C, N]."""
+    for i, diagonal in enumerate(upper.diagonal().tolist()):
+        scale = scales[groups[i]]
+        code = (w[i] / scale).round_().clamp_(scheme.lowest, scheme.highest)
+        codes[i] = code
+        torch.sub(w[i], code.mul_(scale), out=errors[i]).div_(diagonal)
+        if i + 1 < len(w):
+            w[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
 
 
 def find_scales(
