@@ -50,7 +50,7 @@ class Odyssey(Recipe):
     the learnt scales (otherwise rounding to nearest). damping: of GPTQ."""
 
     clip: Literal["hessian", "grid", "block", "none"] = "hessian"
-    steps: int = 100
+    steps: int = 60
     rate: float = 0.1
     epochs: int = 10
     block_rate: float = 0.01
@@ -148,7 +148,7 @@ def clipped_scale(top: Tensor, bottom: Tensor, u: Tensor, lower: Tensor, highest
 
 @torch.no_grad()
 def learn_clipping(
-    weight: Tensor, metric: Metric, scheme: WeightScheme, steps: int = 100, rate: float = 0.1
+    weight: Tensor, metric: Metric, scheme: WeightScheme, steps: int = 60, rate: float = 0.1
 ) -> Tensor:
     """The scales float32 [N, G] that Adam finds to lower tr((W_q - W) H (W_q - W)^T) for `weight`
     [N, K]; each row keeps the best it visited."""
