@@ -46,7 +46,7 @@ def leaving_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _become(parent: int, command: Sequence[str]) -> None:
+def _become(parent: int, command: list[str]) -> None:
     end_with_parent()
     if os.getppid() != parent:  # it ended before the kernel was asked
         sys.exit(1)

@@ -5,7 +5,7 @@ Every layout of the registry that can hold the layer is measured, reading `conte
 per sequence from its paged storage. The peer reads keys and values that lie contiguously, float32
 for `full` and bfloat16 for the smaller layouts, with the query heads of a key-value head as rows
 of one product, so that it need not repeat keys. A measured unit is one call. Floor: the layout's
-bytes, read once, at the read bandwidth measured in the same run.
+bytes, read once, at the read bandwidth measured just before and after (the larger).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from serval.bench.machine import memory_bytes
 from serval.cache.layouts import LAYOUTS
 from serval.cache.layouts.base import CacheView, Layout
 from serval.errors import CacheError
-from serval.kernels.bandwidth import read_bandwidth
+from serval.kernels.bandwidth import measure_read_bandwidth
 from serval.models.attention import AttentionSpec
 from serval.registry import resolve
 
@@ -100,10 +100,13 @@ def _measure(
     q = torch.randn(batch, spec.num_heads, spec.head_dim)
     readers = {kv: paged_reader(kind, spec, q, context) for kv, kind in kinds.items()}
     readers[label] = contiguous_reader(spec, q, context, dtype)
+    before = 0.0 if setup.quick else measure_read_bandwidth(torch.get_num_threads())
     outcomes = paired_rounds(
         [Contestant(name, timed(read)) for name, read in readers.items()], rounds, setup.note
     )
-    bandwidth = None if setup.quick else read_bandwidth()
+    bandwidth = None
+    if not setup.quick:
+        bandwidth = max(before, measure_read_bandwidth(torch.get_num_threads()))
     return [
         _case(names[kv], outcomes[kv], outcomes[label], per_token[kv], tokens, bandwidth)
         for kv in kinds
