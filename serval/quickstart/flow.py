@@ -39,7 +39,7 @@ PROMPT = 'def read_json(path):\n    """Read a JSON file and return its contents.
 @dataclass
 class QuickstartOptions:
     """model: checkpoint directory (None: the shipped one). out: where everything is written. The
-    rest sets how much is measured; the defaults take about a minute and a half on two cores."""
+    rest sets how much is measured; the defaults take about two minutes on two cores."""
 
     model: str | Path | None = None
     out: str | Path = "quickstart-out"
@@ -158,7 +158,7 @@ def next_commands(model: str, best: Outcome) -> list[tuple[str, str]]:
         ),
         (
             "compress a model of your own (directory or Hugging Face name)",
-            "serval compress MODEL --weights int8 --out MODEL-int8",
+            "serval compress MODEL --weights gptq --head 8 --out MODEL-w4a8",
         ),
         ("train a model like this one", "serval train recipes/tiny.yaml"),
         ("list every method by seam", "serval methods"),

@@ -21,9 +21,8 @@ BATCHES = (1, 8)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model. weights: a method's name, None: as they are; settings:
-    more fields of `compress.Method`;
-    kv: a cache layout."""
+    """One way to run the model. weights: a method's name, None: as they are; settings: more fields
+    of `compress.CompressOptions`; kv: a cache layout."""
 
     name: str
     weights: str | None = None
@@ -37,10 +36,15 @@ class Variant:
         return "-".join([self.weights or "original", *chosen]).lower()
 
 
+# Four bits by GPTQ in groups of 32 inputs with integer scales, the rows of a small model being
+# short; embedding and head in eight.
+_W4A8: dict[str, Any] = {"bits": 4, "group_size": 32, "scales": "integer", "head": 8}
+
 VARIANTS = (
     Variant("full precision"),
     Variant("int8 weights", weights="int8", settings={"head": 8}),
-    Variant("int8 weights + int8 cache", weights="int8", settings={"head": 8}, kv="int8"),
+    Variant("W4A8 weights", weights="gptq", settings=_W4A8),
+    Variant("W4A8 weights + int8 cache", weights="gptq", settings=_W4A8, kv="int8"),
 )
 
 

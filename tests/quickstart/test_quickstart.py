@@ -37,9 +37,10 @@ def test_the_whole_path(trained, tmp_path):
     out = tmp_path / "out"
     console = Console(record=True, width=80, file=StringIO())
     outcomes = run(QuickstartOptions(trained, out, **SMALL), console)
-    assert [o.variant.kv for o in outcomes] == ["full", "full", "int8"]
+    assert [o.variant.kv for o in outcomes] == ["full", "full", "full", "int8"]
     base, last = outcomes[0], outcomes[-1]
     assert last.weight_bytes < 0.5 * base.weight_bytes
+    assert last.weight_bytes < outcomes[1].weight_bytes
     assert last.cache_bytes_per_token < 0.5 * base.cache_bytes_per_token
     assert base.quality.text.kl is None
     assert 0 < last.quality.text.kl < 0.5
@@ -47,12 +48,12 @@ def test_the_whole_path(trained, tmp_path):
     for words in ("perplexity", "decode, batch 8", "Served", "server stopped", "serval serve"):
         assert words in shown
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/png;base64,") == 8
     assert "http://" not in page.replace("http://127.0.0.1", "")
     for measure in MEASURES:
         assert measure.label in page or "key-value" in measure.label
     values = json.loads((out / "report.json").read_text())
-    assert len(values["outcomes"]) == 3
+    assert len(values["outcomes"]) == 4
     again = run(QuickstartOptions(trained, out, serve=False, **SMALL), console)
     assert again[-1].quality.text.perplexity == pytest.approx(last.quality.text.perplexity)
 
