@@ -3,8 +3,9 @@
 Every recipe compresses every model at every granularity, by what `serval compress` runs
 (`serval.compress.compress_decoder`), and the result is measured with `quality.Yardstick`. Integer
 Scale is measured from the same codes, those of the first seed. Calibration text is drawn from the
-training split with three seeds, the measured text is held out. Values are means over the seeds,
-`*_spread` their smallest and largest. No setting was chosen by looking at the measured text.
+training split, with three seeds per output channel, where calibration decides most, and one for
+groups; the measured text is held out. Values are means over the seeds, `*_spread` their smallest
+and largest. No setting was chosen by looking at the measured text.
 
 "serval-tiny-outliers" is serval-tiny with a few channels made large without changing what it
 computes (`serval.compress.outliers`): small models have no activation outliers of their own.
@@ -178,7 +179,8 @@ def _collect_model(
         for seed in budget.seeds
     }
     for variant in variants:
-        seeds = budget.seeds if variant.calibrated else budget.seeds[:1]
+        several = variant.calibrated and GRANULARITIES[variant.granularity] is None
+        seeds = budget.seeds if several else budget.seeds[:1]
         found: dict[str, list[Quality]] = {}
         for seed in seeds:
             decoder = compressed(source, variant, text[seed])
