@@ -1,0 +1,1 @@
+"""Adapting a trained model: low-rank adapters, supervised fine-tuning, merging, serving."""
