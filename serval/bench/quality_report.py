@@ -134,7 +134,7 @@ def draw(report: Report, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     models = _models(report)
-    columns = min(3, max(1, len(models)))
+    columns = min(2, max(1, len(models)))
     rows = -(-len(models) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.5), layout="constrained", dpi=110)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -148,10 +148,10 @@ def draw(report: Report, picture: Path) -> None:
                     _point(panel, case, shift, PALETTE[index % len(PALETTE)])
             panel.plot([], [], "o", color=PALETTE[index % len(PALETTE)], label=recipe)
         panel.set_title(model, fontsize=10)
-        panel.set_yscale("log")
+        panel.set_ylim(bottom=0)
         panel.set_xticks(range(len(GRANULARITIES)), GRANULARITIES)
-        panel.set_ylabel("KL from the float model, nats")
-        panel.grid(axis="y", which="both", color="#e4e7ec", linewidth=0.7)
+        panel.set_ylabel("KL from the float model, mnats")
+        panel.grid(axis="y", color="#e4e7ec", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(models) :]:
         panel.set_visible(False)
@@ -173,11 +173,12 @@ def _point(panel: Any, case: Case, shift: float, colour: str) -> None:
     m = case.metrics
     integer = m["scales"] == "integer"
     x = GRANULARITIES.index(m["granularity"]) + shift + (0.05 if integer else 0.0)
-    low, high = m.get("kl_spread") or (m["kl"], m["kl"])
+    middle = 1e3 * m["kl"]
+    low, high = (1e3 * kl for kl in m.get("kl_spread") or (m["kl"], m["kl"]))
     panel.errorbar(
         [x],
-        [m["kl"]],
-        yerr=[[max(0.0, m["kl"] - low)], [max(0.0, high - m["kl"])]],
+        [middle],
+        yerr=[[max(0.0, middle - low)], [max(0.0, high - middle)]],
         fmt="o",
         color=colour,
         markerfacecolor="white" if integer else colour,
