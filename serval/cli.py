@@ -172,7 +172,7 @@ def compress(
     ] = None,
     scales: Annotated[str | None, typer.Option(help="float or integer group scales.")] = None,
     head: Annotated[
-        int | None, typer.Option(help="8: the output head (and a tied embedding) in 8 bits.")
+        int | None, typer.Option(help="8 or 4: bits of the output head (and a tied embedding).")
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Shell pattern of matrices to keep in float.")
@@ -234,6 +234,100 @@ def compress(
         sys.exit(130)
     for part in report.summary(result, options):
         Console().print(part, highlight=False, soft_wrap=True)
+    if json_path is not None:
+        write_json(result.to_dict(), json_path)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    method: Annotated[str, typer.Option(help="Method; see `serval methods`.")] = "maskprune",
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the budget that stays (default: 0.65).")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="parameters of the model, of its blocks, or flops of a token.")
+    ] = "parameters",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens at which flops count (default: half the context).")
+    ] = None,
+    multiple: Annotated[int, typer.Option(help="Channels stay in multiples of this.")] = 8,
+    key_value_heads: Annotated[
+        int | None, typer.Option(help="Heads to keep, instead of a budget.")
+    ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="Channels to keep, instead of a budget.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps, recovery included; 0: none.")] = 300,
+    batch_rows: Annotated[int, typer.Option(help="Rows of a step.")] = 4,
+    micro_batch_rows: Annotated[int, typer.Option(help="Rows computed at a time.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text (file, folder, JSONL), stdlib, self, random or recipe."),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
+    calibration_rows: Annotated[int, typer.Option(help="Rows that rank the units.")] = 32,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the updates; 0: masks only.")] = 16,
+    lora_lr: Annotated[float, typer.Option(help="Learning rate of the updates.")] = 1e-3,
+    distillation: Annotated[
+        float, typer.Option(help="Weight of the divergence from the original.")
+    ] = 1.0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16 products.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of data, updates and random choice.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method: --set ramp=0.4")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    json_path: Json = None,
+) -> None:
+    """Remove heads and channels, the same number in every layer, and recover by distillation.
+
+    An interrupted run goes on when it is started again."""
+    from serval.compress.maskprune import PruneOptions, run
+    from serval.compress.maskprune.pipeline import summary
+    from serval.evaluate.progress import progress_bar
+    from serval.evaluate.report import write_json
+
+    options = PruneOptions(
+        model,
+        out,
+        method=method,
+        keep=keep,
+        budget=budget,  # type: ignore[arg-type]  # checked with the model
+        context=context,
+        multiple=multiple,
+        key_value_heads=key_value_heads,
+        intermediate_size=intermediate_size,
+        steps=steps,
+        batch_rows=batch_rows,
+        micro_batch_rows=micro_batch_rows,
+        calibration_rows=calibration_rows,
+        lora_rank=lora_rank,
+        lora_lr=lora_lr,
+        distillation=distillation,
+        dtype=dtype,
+        seed=seed,
+        settings=arguments.settings("--set", settings or []),
+        data=data,
+        length=length,
+        text_field=text_field,
+        force=force,
+    )
+    errors = Console(stderr=True)
+    try:
+        with progress_bar(errors) as progress:
+            result = run(
+                options,
+                lambda done, total: progress("pruning", done, total),
+                lambda line: errors.print(line, highlight=False),
+            )
+    except KeyboardInterrupt:
+        print("serval: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    for line in summary(result):
+        print(line)
     if json_path is not None:
         write_json(result.to_dict(), json_path)
 

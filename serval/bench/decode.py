@@ -28,6 +28,10 @@ def engines(threads: int) -> dict[str, tuple[EngineSpec, list[EngineSpec]]]:
         "int8-kv8": (serval("int8, int8 cache", weights="int8", kv="int8"), small),
         "w4a8": (serval("W4A8 per channel", weights="w4a8"), smallest),
         "w4a8g128": (serval("W4A8 g128", weights="w4a8-g128"), smallest),
+        "w4a8g128-head4": (
+            serval("W4A8 g128, 4-bit head", weights="w4a8-g128", head=4),
+            smallest,
+        ),
         "w4a8g128-kv8": (
             serval("W4A8 g128, int8 cache", weights="w4a8-g128", kv="int8"),
             smallest,

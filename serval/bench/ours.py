@@ -30,20 +30,25 @@ SCHEMES = {
 }
 
 
+HEADS = {8: WeightScheme(8), 4: WeightScheme(4, 32, scales="integer")}
+
+
 class ServalEngine:
     """Serval with random weights of `shape`.
 
-    weights: None for float32, or a key of SCHEMES, with the embedding and head in int8; integers
+    weights: None for float32, or a key of SCHEMES, with embedding and head of `head` bits; integers
     are made directly, there is never a float model. kv: cache layout.
     """
 
-    def __init__(self, shape: str, weights: str | None = None, kv: str = "full") -> None:
+    def __init__(
+        self, shape: str, weights: str | None = None, kv: str = "full", head: int = 8
+    ) -> None:
         torch.set_grad_enabled(False)
         self.config, self.kv = SHAPES[shape], kv
         with torch.device("meta"):
             decoder = Decoder(self.config)
         if weights is not None:
-            install_random(decoder, SCHEMES[weights])
+            install_random(decoder, SCHEMES[weights], HEADS[head])
         fill_parameters(decoder)
         self.decoder = decoder.eval()
         self.llm: LLM | None = None
@@ -115,10 +120,9 @@ class ServalEngine:
         return self.llm.memory.block_bytes // BLOCK
 
 
-def install_random(decoder: Decoder, scheme: WeightScheme) -> None:
-    """Random integers of `scheme` in every linear of a decoder, of int8 per row in its embedding
-    and head."""
-    table = WeightScheme(8)
+def install_random(decoder: Decoder, scheme: WeightScheme, table: WeightScheme) -> None:
+    """Random integers of `scheme` in every linear of a decoder, of `table` in its embedding and
+    head."""
     for target in targets(decoder):
         assert isinstance(target.module, (torch.nn.Linear, torch.nn.Embedding)), target.name
         if target.kind == "linear" or target.kind == "head" or decoder.lm_head is None:

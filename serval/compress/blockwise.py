@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from serval.compress.block import Block, BlockData, Matrix, Site, find_block, find_matrices
 from serval.compress.expert_views import put_experts_together, take_experts_apart
 from serval.compress.install import install
-from serval.compress.integer_scale import IntegerScale
+from serval.compress.integer_scale import IntegerScale, Reround
 from serval.compress.recipe import Recipe, Rotation
 from serval.compress.rtn import round_to_nearest
 from serval.compress.running import BlockRunner, next_sites, rounded_inputs
@@ -203,6 +203,8 @@ class Blockwise:
                 codes=torch.cat([part.codes for part in parts]),
                 scales=torch.cat([part.scales for part in parts]),
             )
+            if scheme.scales == "integer":
+                made = self._integer(target.name, made, None)
             install(self.decoder, target, made, format=self.format)
             forget(target.module)
             self.report.quantised[target.name] = describe(scheme)
@@ -300,18 +302,25 @@ class Blockwise:
         if made.scheme.activations == "static":
             made.input_scale = scale
         if made.scheme.scales == "integer":
-            made, report = self.integer_scale.apply(made, partial(self.recipe.reround, matrix))
-            if report.kept_float:
-                self.report.fell_back[matrix.name] = f"float scales: {report.kept_float}"
-            elif report.lifted:
-                self.report.fell_back[matrix.name] = (
-                    f"{report.lifted} group scales are under half an integer step and became one "
-                    "(a larger scales.alpha or scales.mode=row_normalized keeps them)"
-                )
+            made = self._integer(matrix.name, made, partial(self.recipe.reround, matrix))
         difference = (made.dequantize() - matrix.weight).norm()
         error = float(difference / matrix.weight.norm().clamp(min=1e-30))
         self.report.errors[matrix.name] = round(error, 5)
         self.report.quantised[matrix.name] = describe(made.scheme)
+        return made
+
+    def _integer(
+        self, name: str, made: QuantizedWeight, reround: Reround | None
+    ) -> QuantizedWeight:
+        """Group scales as integers, or unchanged with the reason reported."""
+        made, report = self.integer_scale.apply(made, reround)
+        if report.kept_float:
+            self.report.fell_back[name] = f"float scales: {report.kept_float}"
+        elif report.lifted:
+            self.report.fell_back[name] = (
+                f"{report.lifted} group scales are under half an integer step and became one "
+                "(a larger scales.alpha or scales.mode=row_normalized keeps them)"
+            )
         return made
 
     def _static_scale(self, matrix: Matrix, site: Site | None) -> float | None:

@@ -22,6 +22,7 @@ from serval.models.moe import Experts
 from serval.registry import resolve
 
 _SCALES, _ROTATION = "scales.", "rotation."
+_HEAD_GROUP = 32  # inputs that share a scale in a 4-bit head
 
 
 @dataclass(kw_only=True)
@@ -29,11 +30,12 @@ class Method:
     """How weights are compressed.
 
     weights: a name of `RECIPES`. bits, group_size (a number or "channel"), activations, scales: of
-    the scheme; None: the recipe's. head: bits of the output head (8), which with a tied table is
-    the embedding too; None: it stays in float. ignore: patterns of checkpoint names that stay in
-    float. overrides: see `Override.parse`. rotate: a name of `ROTATIONS`. format: how matrices are
-    stored, None: packed for 4 bits. settings: fields of the recipe; with "scales." before it a
-    field of `IntegerScale`, with "rotation." one of the rotation.
+    the scheme; None: the recipe's. head: bits of the output head (8: per row; 4: in groups of 32),
+    which with a tied table is the embedding too; None: it stays in float. ignore: patterns of
+    checkpoint names that stay in float. overrides: see `Override.parse`. rotate: a name of
+    `ROTATIONS`. format: how matrices are stored, None: packed for 4 bits. settings: fields of the
+    recipe; with "scales." before it a field of `IntegerScale`, with "rotation." one of the
+    rotation.
     """
 
     weights: str = "int8"
@@ -51,16 +53,16 @@ class Method:
     def resolve(self) -> Resolved:
         """Raises ConfigError naming the option that is wrong."""
         kind = resolve(RECIPES, self.weights, "compression method")
-        recipe: Recipe = _make(kind, self._settings(""), f"method {self.weights!r}")
-        integer = _make(IntegerScale, self._settings(_SCALES), "scales")
+        recipe: Recipe = make(kind, self._settings(""), f"method {self.weights!r}")
+        integer = make(IntegerScale, self._settings(_SCALES), "scales")
         rotation: Rotation | None = None
         if self.rotate is not None:
             rotation_kind = resolve(ROTATIONS, self.rotate, "rotation")
-            rotation = _make(rotation_kind, self._settings(_ROTATION), f"rotation {self.rotate!r}")
+            rotation = make(rotation_kind, self._settings(_ROTATION), f"rotation {self.rotate!r}")
         elif self._settings(_ROTATION):
             raise ConfigError("settings of a rotation are given, but no rotation is chosen")
-        if self.head not in (None, 8):
-            raise ConfigError(f"the output head can have 8 bits or stay in float, got {self.head}")
+        if self.head not in (None, 4, 8):
+            raise ConfigError(f"the output head can have 4 or 8 bits, got {self.head}")
         default = recipe.default_scheme
         changes: dict[str, Any] = {
             "bits": self.bits,
@@ -125,15 +127,19 @@ class Resolved:
             if self.head is None:
                 table = "output head" if target.kind == "head" else "embedding and output head"
                 return f"{table} (choose it with --head 8)"
-            return WeightScheme(self.head, activations=self._head_activations())
+            return self._head_scheme(_inputs(target, name))
         if target.kind == "experts" and apart:
             return self.rules.scheme(name, _inputs(target, name))
         if target.kind == "linear":
             return self.rules.scheme(name, _inputs(target, name))
         return WHY_KEPT[target.kind]
 
-    def _head_activations(self) -> Activations:
-        return "none" if self.rules.default.activations == "none" else "token"
+    def _head_scheme(self, inputs: int) -> WeightScheme:
+        default = self.rules.default
+        activations: Activations = "none" if default.activations == "none" else "token"
+        if self.head == 8 or inputs % _HEAD_GROUP:
+            return WeightScheme(self.head or 8, activations=activations)
+        return WeightScheme(4, _HEAD_GROUP, activations, default.scales)
 
 
 def _one_of(key: str, values: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -152,7 +158,7 @@ def _inputs(target: Target, name: str) -> int:
     return weight.shape[1]
 
 
-def _make(kind: Any, settings: dict[str, Any], what: str) -> Any:
+def make(kind: Any, settings: dict[str, Any], what: str) -> Any:
     """`kind`, a dataclass, with its fields set; raises ConfigError naming an unknown field, or one
     whose value has the wrong type."""
     known = [f.name for f in fields(kind) if f.init]

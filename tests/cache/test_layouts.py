@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from serval.cache import pages
 from serval.cache.layouts import LAYOUTS
 from serval.cache.layouts.base import CacheView
 from serval.cache.layouts.full import FullLayout
 from serval.cache.memory import PagedMemory, cache_bytes_per_token
 from serval.errors import CacheError, ConfigError
+from serval.kernels import pages
 from serval.models.attention import AttentionSpec
 from serval.models.memory import CausalMemory
 

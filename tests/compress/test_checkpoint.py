@@ -53,6 +53,23 @@ def test_tied_int8_table_round_trip(tmp_path, source):
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scales", ["float", "integer"])
+def test_a_four_bit_head_has_groups(tmp_path, tied, scales):
+    exact = decoder(tie_word_embeddings=tied, intermediate_size=96)
+    checkpoint.save(exact, tmp_path / "source")
+    options = {"weights": "rtn", "bits": 8, "group_size": 32, "scales": scales, "head": 4}
+    result = run(CompressOptions(tmp_path / "source", tmp_path / "out", **options))
+    table = "model.embed_tokens" if tied else "lm_head"
+    assert result.quantised[table].startswith("W4A8 g32")
+    assert ("integer" in result.quantised[table]) == (scales == "integer")
+    model = checkpoint.load(tmp_path / "out")
+    rounded = quantize((exact.lm_head or exact.embed_tokens).weight, WeightScheme(4, 32))
+    held = (model.embed_tokens if tied else model.lm_head).quantized()
+    assert torch.equal(held.codes, rounded.codes)
+    torch.testing.assert_close(held.scales, rounded.scales, rtol=2e-2, atol=0)
+
+
 def test_bfloat16_scales_are_stored_as_rounded(tmp_path):
     checkpoint.save(decoder(), tmp_path / "source", dtype=torch.bfloat16)
     run(CompressOptions(tmp_path / "source", tmp_path / "out"))
@@ -203,7 +220,7 @@ def test_missing_scale_is_named(tmp_path, source):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": 4}, "output head can have 8 bits or stay in float, got 4"),
+        ({"head": 5}, "output head can have 4 or 8 bits, got 5"),
         ({"settings": {"depth": 1}}, "method 'int8' has no setting 'depth'; it has: none"),
         (
             {"weights": "gptq", "settings": {"damping": "much"}},

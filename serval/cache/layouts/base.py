@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from serval.cache.pages import huge_pages
 from serval.errors import CacheError
+from serval.kernels import pages
 from serval.models.attention import AttentionSpec
 
 
@@ -126,7 +126,7 @@ class Layout(ABC):
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Zeroed storage [num_blocks, *shape], on huge pages where the system grants them."""
-        return huge_pages(torch.zeros(self.num_blocks, *shape, dtype=dtype, device=self.device))
+        return pages.zeros(self.num_blocks, *shape, dtype=dtype, device=self.device)
 
     def fork_block(self, source: int, destination: int) -> None:
         """Copy one block's contents in every layer of the group."""

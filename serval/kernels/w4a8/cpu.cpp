@@ -112,11 +112,11 @@ EXPORT int quantized_linear(const float* x, int64_t x_row, int64_t rows, int64_t
   if (w.blocks.empty()) return 0;
   w.first_block.push_back(w.blocks.size());
 
-  // Units of about 128 KB of weights when rows are few (long streams), of a few panels when there is work in each.
+  // Units of about 512 KB of weights when rows are few (long streams), of a few panels when there is work in each.
   double all = 0;
   for (int64_t i = 0; i < count; i++) {
     const bool few = layers[i].rows <= 16;
-    const int64_t step = std::max<int64_t>(4, few ? 131072 / s.panel_bytes() / 4 * 4 : 0);
+    const int64_t step = std::max<int64_t>(4, few ? 524288 / s.panel_bytes() / 4 * 4 : 0);
     w.units.push_back(w.units.back() + (layers[i].panels() + step - 1) / step);
     all += (double)layers[i].n * (layers[i].rows + 2) * k;
   }

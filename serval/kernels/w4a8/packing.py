@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from serval.errors import ConfigError
+from serval.kernels import pages
 from serval.kernels.w4a8 import gpu_layout
 from serval.kernels.w4a8.overflow import INT32_MAX, LARGEST_ACTIVATION, accumulator_bound
 
@@ -138,7 +139,7 @@ def _empty(
     if kind is not None:
         scales = torch.empty(*lead, panels, groups, PANEL, dtype=kind, device=device)
     return PackedWeight(
-        torch.empty(*lead, panels, cells, PANEL, 4, dtype=torch.uint8, device=device),
+        pages.zeros(*lead, panels, cells, PANEL, 4, dtype=torch.uint8, device=device),
         torch.empty(*lead, outputs, device=device),
         scales,
         bits,

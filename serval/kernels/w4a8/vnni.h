@@ -59,7 +59,7 @@ constexpr int SIZES[] = {1, 2, 3, 4, 6};
 #endif
 
 #if VNNI
-constexpr int LANES = PANEL / PARTS, AHEAD = 2048;
+constexpr int LANES = PANEL / PARTS, AHEAD = 1024;
 
 template <int R, int V> static INLINE void step(wide (&acc)[R][V], const wide (&w)[V], const int8_t* x) {
 #pragma GCC unroll 16
