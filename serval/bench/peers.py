@@ -13,6 +13,7 @@ decode and prefill return (wall seconds, processor seconds) of the whole call.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -180,8 +181,7 @@ class LlamaCppEngine:
         self.context_handle: Any = None
         self.batch_handle: Any = None
         api = self.api
-        self._quiet = api.llama_log_callback(lambda level, text, data: None)
-        api.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        api.llama_log_set(_silent(api), ctypes.c_void_p(0))
         api.llama_backend_init()
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -297,6 +297,12 @@ class LlamaCppEngine:
 
     def weight_bytes(self) -> int:
         return os.path.getsize(self.path)
+
+
+@functools.cache
+def _silent(api: Any) -> Any:
+    """A log function that drops everything; llama.cpp keeps it for the life of the process."""
+    return api.llama_log_callback(lambda level, text, data: None)
 
 
 def import_llama_cpp() -> Any:
