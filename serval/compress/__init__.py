@@ -7,7 +7,7 @@ A method is one file and one line in `RECIPES`; `recipe.py` says what it impleme
 what it sees. `blockwise.py` takes a decoder through a method part by part, `pipeline.py` is the
 `serval compress` command around it. `install.py` puts quantised modules (`modules.py`,
 `expert_stack.py`) into a decoder; `storage.py` and `compressed_tensors.py` translate to and from
-compressed-tensors' files.
+compressed-tensors' files. `maskprune/` removes heads and channels instead (`serval prune`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from serval.compress.pipeline import (
     compress_decoder,
     run,
 )
-from serval.compress.registry import RECIPES, ROTATIONS
+from serval.compress.registry import PRUNERS, RECIPES, ROTATIONS
 
 __all__ = [
+    "PRUNERS",
     "RECIPES",
     "ROTATIONS",
     "Calibration",

@@ -101,9 +101,9 @@ def run(
     start = perf_counter()
     resolved = options.resolve()
     source, out = locate(options.model), Path(options.out)
-    _check_output(source, out, options.force)
+    check_output(source, out, options.force)
     stored = list_tensors(source)
-    dtype = _stored_dtype([tensor.dtype for tensor in stored.values()])
+    dtype = stored_dtype([tensor.dtype for tensor in stored.values()])
     with OpenCheckpoint(source, dtype) as opened:
         decoder = opened.decoder.eval()
         if decoder.quantization_config is not None:
@@ -135,7 +135,7 @@ def run(
                 **asdict(Compression.of(parts)),
                 directory=out,
                 weights=options.weights,
-                bytes_before=_stored_bytes(stored),
+                bytes_before=stored_bytes(stored),
                 bytes_after=sum(tensor.nbytes for tensor in tensors),
             )
             write_checkpoint(
@@ -143,7 +143,7 @@ def run(
                 decoder,
                 family,
                 tensors,
-                tokenizer_dir=source if _has_tokenizer(source) else None,
+                tokenizer_dir=source if has_tokenizer(source) else None,
                 also=_also(source, options, result),
                 staging_parent=workspace.path,
             )
@@ -196,7 +196,8 @@ def _teller(note: Note) -> Callable[[Part, PartReport], None]:
     return tell
 
 
-def _check_output(source: Path, out: Path, force: bool) -> None:
+def check_output(source: Path, out: Path, force: bool) -> None:
+    """Raises ConfigError when `out` must not be written."""
     if out.resolve() == source.resolve():
         raise ConfigError(f"--out {out} is the model itself; choose another directory")
     if out.exists() and not out.is_dir():
@@ -215,7 +216,8 @@ def _key(options: CompressOptions, stored: dict[str, StoredTensor], calibrates: 
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()
 
 
-def _has_tokenizer(source: Path) -> bool:
+def has_tokenizer(source: Path) -> bool:
+    """Whether a checkpoint directory holds a tokenizer."""
     return any((source / name).is_file() for name in TOKENIZER_FILES)
 
 
@@ -226,17 +228,21 @@ def _also(source: Path, options: CompressOptions, result: CompressResult) -> dic
         del made[key]
     report = {key: getattr(result, key) for key in ("quantised", "kept", "fell_back", "plan")}
     text = json.dumps({"method": made, **report}, indent=1, default=str)
-    copied = {
-        name: (source / name).read_bytes() for name in _ALSO_COPIED if (source / name).is_file()
-    }
-    return {REPORT: text.encode() + b"\n", **copied}
+    return {REPORT: text.encode() + b"\n", **copied_files(source)}
 
 
-def _stored_bytes(stored: dict[str, StoredTensor]) -> int:
+def copied_files(source: Path) -> dict[str, bytes]:
+    """What the source says of its training, for the checkpoint that is made of it."""
+    paths = [source / name for name in _ALSO_COPIED]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def stored_bytes(stored: dict[str, StoredTensor]) -> int:
+    """Bytes of all stored tensors."""
     return sum(tensor.end - tensor.begin for tensor in stored.values())
 
 
-def _stored_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+def stored_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """The floating dtype most tensors have: what the model computes in and scales are kept in."""
     counts = Counter(dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1)
     if not counts:

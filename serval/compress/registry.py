@@ -1,4 +1,5 @@
-"""Which weight compressors exist: the name given to `--weights` or `--rotate` -> where it lives."""
+"""Which compressors exist: the name on the command line (`compress --weights`, `--rotate`,
+`prune --method`) -> where it lives."""
 
 from __future__ import annotations
 
@@ -37,4 +38,21 @@ ROTATIONS: dict[str, Entry] = {
         "random Hadamard matrices on the residual stream and the value heads, folded into weights",
         "2404.00456",
     ),
+}
+
+# Structured pruning: `serval.compress.maskprune.pruner.Pruner`.
+_PRUNE = "serval.compress.maskprune"
+PRUNERS: dict[str, Entry] = {
+    "maskprune": Entry(
+        f"{_PRUNE}.pruner:MaskPrune",
+        "learnt masks, one learnt width for all layers' heads and one for their channels",
+        "2502.14008",
+    ),
+    "taylor": Entry(
+        f"{_PRUNE}.scores:Taylor", "units by |weight x gradient|, as LLM-Pruner", "2305.11627"
+    ),
+    "wanda": Entry(f"{_PRUNE}.scores:Wanda", "units by |weight| x input norm", "2306.11695"),
+    "magnitude": Entry(f"{_PRUNE}.scores:Magnitude", "units by the norm of their weights"),
+    "uniform": Entry(f"{_PRUNE}.scores:Uniform", "evenly spaced units of every layer, unranked"),
+    "random": Entry(f"{_PRUNE}.scores:Random", "units by lot"),
 }

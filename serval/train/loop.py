@@ -75,7 +75,8 @@ def best_dtype(name: str, device: torch.device) -> torch.dtype:
 class Trainer:
     """Trains `decoder` on `stream`.
 
-    validation: packed rows, the same at every validation. After `fit`, `step` is the number of
+    validation: packed rows, the same at every validation. loss: a module that holds `decoder` and
+    is called as `LanguageModelLoss` is, instead of that one. After `fit`, `step` is the number of
     steps done and `interrupted` says whether a signal ended the run early.
     """
 
@@ -91,13 +92,16 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         world: World | None = None,
         note: Callable[[str], None] = print,
+        loss: nn.Module | None = None,
     ) -> None:
         self.world = world or World()
         self.settings = settings
         settings.check(self.world)
         self.flops = ModelFlops.of(decoder)
         self.decoder = decoder.to(self.world.device)
-        self.loss = LanguageModelLoss(decoder, settings.z_loss, settings.mtp_weight)
+        self.loss: nn.Module = loss or LanguageModelLoss(
+            decoder, settings.z_loss, settings.mtp_weight
+        )
         self.world.shard(self.loss, decoder.layers)
         self.optimizer = make_optimizer(decoder)
         self.schedule = schedule
@@ -227,7 +231,10 @@ class Trainer:
     # -- checkpoints ------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": t for name, t in self.decoder.state_dict().items()}
+        # Frozen weights stay what they are: whoever resumes has loaded them.
+        frozen = {n for n, p in self.decoder.named_parameters() if not p.requires_grad}
+        state = self.decoder.state_dict()
+        tensors = {f"model.{name}": t for name, t in state.items() if name not in frozen}
         tensors |= {f"optimizer.{k}": t for k, t in self.optimizer.state_tensors().items()}
         return tensors | {f"rng.{name}": t for name, t in checkpoint.rng_tensors().items()}
 
