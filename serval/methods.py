@@ -21,6 +21,7 @@ SEAMS = {
     "schedule": ("serval.optim:SCHEDULES", "recipe schedule.name"),
     "weights": ("serval.compress:RECIPES", "compress --weights"),
     "rotation": ("serval.compress:ROTATIONS", "compress --rotate"),
+    "pruning": ("serval.compress:PRUNERS", "prune --method"),
     "quantised format": ("serval.models.checkpoint:QUANTIZERS", "config.json quantization_config"),
     GENERATED: ("serval.data.synthetic:TRAINING_TASKS", "eval --tasks, recipe data.tasks"),
     "benchmark": ("serval.bench:BENCHES", "bench NAME"),
