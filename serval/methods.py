@@ -18,6 +18,7 @@ SEAMS = {
     "cache layout": ("serval.cache.layouts:LAYOUTS", "serve --kv"),
     "data source": ("serval.data.sources:SOURCES", "recipe data.source"),
     "optimizer": ("serval.optim:OPTIMIZERS", "recipe optimizer.name"),
+    "trainer callback": ("serval.train.callbacks:CALLBACKS", "recipe callbacks"),
     "schedule": ("serval.optim:SCHEDULES", "recipe schedule.name"),
     "weights": ("serval.compress:RECIPES", "compress --weights"),
     "rotation": ("serval.compress:ROTATIONS", "compress --rotate"),

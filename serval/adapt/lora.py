@@ -128,6 +128,11 @@ class LoraLinear(nn.Module):
         bases = shared_input(x, *(module.base for module in modules))
         return [module._add(y, x) for module, y in zip(modules, bases, strict=True)]
 
+    def low_rank_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The matrices that WISCA may balance: (name, A, B), none while beta is not 0."""
+        if not self.beta:
+            yield "adapter", self.lora_A, self.lora_B
+
     def merged(self) -> nn.Module:
         """`base` with W0 + s B A in place of W0, rounded once. Raises ConfigError while beta is not
         exactly 0, and for a base without float weights."""

@@ -48,6 +48,7 @@ class GroupedQueryAttention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
         self.window = config.window(layer)
         self.interleaved = config.rope.interleaved
+        self.rotary_dim = int(self.head_dim * config.rope.fraction)
         self.scale = self.head_dim**-0.5
         hidden, bias = config.hidden_size, config.qkv_bias
         kv_width = self.num_key_value_heads * self.head_dim

@@ -24,8 +24,11 @@ from serval.models.config import ModelConfig
 from serval.models.initialize import INITIALIZERS
 from serval.optim import OPTIMIZERS, SCHEDULES, OptimizerOptions, Role, RoleOptions, Schedule
 from serval.registry import resolve
+from serval.train.callbacks import CALLBACKS
+from serval.train.reporting import Callback
 
 S = TypeVar("S", bound=BaseModel)
+D = TypeVar("D")
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -128,6 +131,8 @@ class Recipe(Section):
     output: directory of the run. initializer: a key of `serval.models.initialize.INITIALIZERS`, for
     fresh weights. model: fields of `ModelConfig` (vocab_size comes from the
     tokenizer), or `path` of a checkpoint to continue from. data: see `serval.data.options`.
+    callbacks: methods that act during training, a key of `serval.train.callbacks.CALLBACKS` and the
+    fields of its class.
     """
 
     output: str
@@ -140,7 +145,18 @@ class Recipe(Section):
     train: TrainSection
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    callbacks: dict[str, dict[str, Any] | None] = {}
     tensorboard: bool = False
+
+    def build_callbacks(self) -> list[Callback]:
+        """The methods under `callbacks`, in the recipe's order; raises ConfigError naming every
+        wrong key."""
+        return [
+            check_dataclass(
+                resolve(CALLBACKS, name, "callback"), options or {}, f"callbacks.{name}", "recipe"
+            )
+            for name, options in self.callbacks.items()
+        ]
 
     @property
     def directory(self) -> Path:
@@ -199,6 +215,7 @@ def _check_choices(recipe: Recipe) -> None:
             f"train.batch_rows is {rows}; expected a multiple of train.micro_batch_rows {share}"
         )
     check_options(recipe.data)
+    recipe.build_callbacks()
 
 
 def _model_of(recipe: Recipe, where: str) -> ModelConfig:
@@ -229,11 +246,17 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def check_model(values: dict[str, Any], where: str) -> ModelConfig:
     """Build a ModelConfig from plain values; raises ConfigError naming every wrong key."""
-    _check_known(ModelConfig, values, "model", where)
+    return check_dataclass(ModelConfig, values, "model", where)
+
+
+def check_dataclass(kind: type[D], values: dict[str, Any], prefix: str, where: str) -> D:
+    """Build a dataclass from plain values, the section `prefix` of a recipe; raises ConfigError
+    with one line per mistake."""
+    _check_known(kind, values, prefix, where)
     try:
-        return TypeAdapter(ModelConfig).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        lines = [_describe(ModelConfig, dict(p), "model.") for p in error.errors()]
+        lines = [_describe(kind, dict(p), f"{prefix}.") for p in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from error
 
 

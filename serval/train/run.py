@@ -91,7 +91,8 @@ def _run(
         data.train,
         settings_of(recipe, world),
         validation=rows,
-        callbacks=[*reports(recipe, world, note), *callbacks],
+        # methods first: reports then see what they add to a step's metrics
+        callbacks=[*recipe.build_callbacks(), *reports(recipe, world, note), *callbacks],
         world=world,
         note=note,
     )

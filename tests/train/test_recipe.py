@@ -8,6 +8,7 @@ import yaml
 from serval.errors import ConfigError
 from serval.optim import OPTIMIZERS, Role
 from serval.train.recipe import load_recipe
+from serval.train.wisca import WiscaCallback
 
 GOOD = """
 output: runs/x
@@ -112,6 +113,11 @@ QK = GOOD.replace("model: {", "model: {qk_norm: true, ")
         ("data.field=body", r"data\.field is 'body', but source 'stdlib' reads whole files"),
         ("data.tasks={chess: {share: 0.1}}", r"data\.tasks\.chess: unknown task"),
         ("data.chat={share: 1.5}", "less than or equal to 1"),
+        ("callbacks.wisdom={}", "unknown callback 'wisdom'; choose one of: wisca"),
+        ("callbacks.wisca.evry=2", r"key 'callbacks\.wisca\.evry' \(did you mean 'every'\?\)"),
+        ("callbacks.wisca.every=often", r"callbacks\.wisca\.every: expected int, got 'often'"),
+        ("callbacks.wisca.qk=rows", r"callbacks\.wisca\.qk: expected 'tensor', 'head' or 'row'"),
+        ("callbacks.wisca.every=-2", "wisca every is -2; expected 0"),
     ],
 )
 def test_choices_are_checked_when_the_recipe_is_read(
@@ -126,6 +132,17 @@ def test_a_model_that_its_family_cannot_express_is_refused_before_training(tmp_p
     with pytest.raises(ConfigError, match=r"'llama' cannot express model\.qk_norm.*qwen3"):
         load_recipe(path)
     assert load_recipe(path, ["model.family=qwen3"]).model["family"] == "qwen3"
+
+
+def test_callbacks_are_built_from_their_section(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_recipe(path).build_callbacks() == []
+    (wisca,) = load_recipe(path, ["callbacks.wisca="]).build_callbacks()
+    assert wisca == WiscaCallback()
+    section = ["callbacks.wisca={every: 7, qk: row, vo: null, covariant: false}"]
+    (wisca,) = load_recipe(path, section).build_callbacks()
+    assert wisca == WiscaCallback(every=7, qk="row", vo=None, covariant=False)
+    assert load_recipe(path).fingerprint() != load_recipe(path, section).fingerprint()
 
 
 def test_fingerprint_ignores_where_and_how_long(tmp_path: Path) -> None:

@@ -168,3 +168,17 @@ def test_missing_tensorboard_is_one_line(recipe: Path, monkeypatch: pytest.Monke
     told = [line for line in notes if "no TensorBoard log" in line]
     assert len(told) == 1
     assert "pip install 'serval-llm[train]'" in told[0]
+
+
+def test_a_recipe_switches_methods_on_and_the_log_shows_them(recipe: Path, tmp_path: Path) -> None:
+    section = ["callbacks.wisca={every: 2}", "train.steps=4", "checkpoint.every=1"]
+    result = run(recipe, overrides=section, note=lambda line: None)
+    assert result.model is not None
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "wisca_qk" in line] == [2, 4]
+    decoder = model_checkpoint.load(result.model, dtype=torch.float32)
+    attention = decoder.layers[0].self_attn
+    q, k = (p.weight.detach().abs().sum() for p in (attention.q_proj, attention.k_proj))
+    assert float(q / k) == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ConfigError, match=r"written with callbacks\.wisca\.every = 2"):
+        run(recipe, overrides=[*section, "callbacks.wisca.every=3"], note=lambda line: None)
