@@ -40,6 +40,9 @@ BENCHES: dict[str, Entry] = {
     "w4a8-quality": Entry(
         "serval.bench.w4a8_quality:collect", "what 4-bit weights and 8-bit inputs cost in quality"
     ),
+    "prune": Entry(
+        "serval.bench.prune:collect", "MaskPrune against one-shot pruning, quality and tokens/s"
+    ),
     "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
 }
 

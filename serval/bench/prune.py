@@ -1,0 +1,268 @@
+"""What pruning costs in quality and gains in speed: MaskPrune against one-shot rankings.
+
+serval-tiny keeps 80, 65 and 50 % of its parameters. Every method takes the same number of training
+steps on the same rows, the mix of the model's own recipe, with the same low-rank updates, masks and
+distillation: one-shot rankings recover in all of them, MaskPrune learns its masks in the first
+three quarters and recovers in the rest. The one-shot rankings get the widths that MaskPrune learnt;
+"taylor-even" keeps the same share of heads and of channels instead, which shows what the learnt
+split is worth. Quality is measured with `quality.Yardstick` on held-out text and questions of half
+the context.
+
+tokens/s of the narrower models and the whole one are measured in turn; the ratio is of decoding.
+Every finished run is kept (`SERVAL_BENCH_DIR`), so an interrupted benchmark continues with the
+next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import serval
+from serval.bench.harness import Case, Setup
+from serval.bench.quality import Effort, Quality, Yardstick
+from serval.bench.shapes import cache_directory
+from serval.compress.maskprune import Pruning, prune_decoder
+from serval.compress.maskprune.rows import RECIPE, RowStream, make_stream
+from serval.engine.llm import LLM
+from serval.evaluate.shipped import shipped_model
+from serval.evaluate.speed import measure_speeds
+from serval.models import checkpoint
+from serval.models.decoder import Decoder
+from serval.train.stream import Row
+
+EVEN = "taylor-even"
+ONE_SHOT = ("taylor", "wanda", "magnitude", "uniform", "random")
+METHODS = ("maskprune", *ONE_SHOT, EVEN)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the experiment. keeps: shares of the parameters; length: tokens of a row; prompt, output:
+    tokens of the speed measurement, repeated `repeats` times."""
+
+    keeps: tuple[float, ...] = (0.8, 0.65, 0.5)
+    steps: int = 100
+    batch_rows: int = 2
+    length: int = 1024
+    calibration_rows: int = 16
+    prompt: int = 512
+    output: int = 64
+    repeats: int = 5
+
+
+FULL, FULL_EFFORT = Size(), Effort(context_tokens=1024)
+QUICK = Size((0.65,), 20, 1, 64, 2, 32, 4, 1)
+QUICK_EFFORT = Effort(256, 128, context_tokens=96, questions=2, layer_tokens=64)
+
+
+class Bench:
+    """The model, its text and its measure, each made when it is first needed."""
+
+    def __init__(self, size: Size, effort: Effort, note: Callable[[str], None]) -> None:
+        self.size, self.effort, self.note = size, effort, note
+        self.source = shipped_model()
+        self.folder = cache_directory() / "prune"
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        return Yardstick(self.source, self.effort)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All rows that one run reads, in order."""
+        size = self.size
+        count = size.calibration_rows + size.steps * size.batch_rows
+        decoder = self.load()
+        stream = make_stream(
+            RECIPE,
+            self.source,
+            decoder.config,
+            lambda: decoder,
+            rows=count,
+            length=size.length,
+            cache=self.folder / "text",
+        )
+        return [stream.next() for _ in range(count)]
+
+    def load(self) -> Decoder:
+        return checkpoint.load(self.source, dtype=torch.float32)
+
+    def pruning(self, method: str, keep: float, widths: dict[str, int] | None) -> Pruning:
+        """What `serval prune` would be asked; widths: those of heads and channels, not `keep`."""
+        given = widths or {}
+        return Pruning(
+            method="taylor" if method == EVEN else method,
+            keep=None if widths else keep,
+            key_value_heads=given.get("heads"),
+            intermediate_size=given.get("channels"),
+            steps=self.size.steps,
+            batch_rows=self.size.batch_rows,
+            calibration_rows=self.size.calibration_rows,
+        )
+
+    def result(self, method: str, keep: float, widths: dict[str, int] | None) -> dict[str, Any]:
+        """The kept result of a run, or that of pruning and measuring now."""
+        pruning = self.pruning(method, keep, widths)
+        path = self._path(method, asdict(pruning))
+        if path.exists():
+            kept: dict[str, Any] = json.loads(path.read_text())
+            return kept
+        begin = time.perf_counter()
+        pruned, report = prune_decoder(
+            self.load(), pruning, _Rows(self.rows), note=lambda line: None
+        )
+        found = {**_quality(self.yardstick.measure(pruned)), **report.to_dict()}
+        found["seconds"] = time.perf_counter() - begin
+        _write(path, found)
+        return found
+
+    def whole(self) -> dict[str, Any]:
+        """The measures of the unpruned model."""
+        path = self._path("whole", {})
+        if not path.exists():
+            _write(path, _quality(self.yardstick.measure(self.yardstick.decoder)))
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def sliced(self, widths: dict[str, int]) -> Decoder:
+        """The model at these widths, without recovery: its speed does not depend on which units
+        stay."""
+        pruning = Pruning(
+            method="uniform",
+            key_value_heads=widths["heads"],
+            intermediate_size=widths["channels"],
+            steps=0,
+            calibration_rows=1,
+        )
+        rows = RowStream([torch.arange(8)], 0)
+        return prune_decoder(self.load(), pruning, rows)[0]
+
+    def _path(self, name: str, pruning: dict[str, Any]) -> Path:
+        weights = (self.source / "model.safetensors").stat()
+        facts = [pruning, asdict(self.size), asdict(self.effort), weights.st_size]
+        facts += [serval.__version__, torch.get_num_threads()]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / f"{name}-{digest}.json"
+
+
+class _Rows:
+    """A fixed list of rows as a stream."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows, self.at = rows, 0
+
+    def next(self) -> Row:
+        self.at += 1
+        return self.rows[(self.at - 1) % len(self.rows)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def _quality(quality: Quality) -> dict[str, Any]:
+    return {field.name: getattr(quality, field.name) for field in fields(Quality)}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(values))
+    temporary.replace(path)
+
+
+def collect(setup: Setup) -> list[Case]:
+    """The unpruned model, every method at every size, and the speed of each size."""
+    size, effort = (QUICK, QUICK_EFFORT) if setup.quick else (FULL, FULL_EFFORT)
+    bench = Bench(size, effort, setup.note)
+    wanted = {keep: _wanted(setup, keep) for keep in size.keeps}
+    cases = []
+    if setup.wants("serval-tiny-100"):
+        cases.append(Case("serval-tiny-100", None, metrics=bench.whole()))
+    shapes: dict[float, dict[str, int]] = {}
+    for keep, methods in wanted.items():
+        if not methods:
+            continue
+        setup.note(f"{keep:.0%} of the parameters: {', '.join(methods)}")
+        learnt = bench.result("maskprune", keep, None)
+        shapes[keep] = learnt["widths"]
+        for method in methods:
+            if method != "speed":
+                cases.append(_case(bench, method, keep, learnt["widths"]))
+    timed = [keep for keep, methods in wanted.items() if "speed" in methods]
+    return [*cases, *_speeds(bench, {keep: shapes[keep] for keep in timed})]
+
+
+def _name(keep: float, method: str) -> str:
+    return f"serval-tiny-{round(100 * keep)}-{method}"
+
+
+def _wanted(setup: Setup, keep: float) -> list[str]:
+    return [method for method in (*METHODS, "speed") if setup.wants(_name(keep, method))]
+
+
+def _case(bench: Bench, method: str, keep: float, learnt: dict[str, int]) -> Case:
+    widths = learnt if method in ONE_SHOT else None
+    found = bench.result(method, keep, widths)
+    whole = bench.whole()["perplexity"]
+    metrics = {
+        "method": method,
+        "parameters": found["parameters_after"],
+        "parameters_kept": found["parameters_after"] / found["parameters_before"],
+        "key_value_heads": found["widths"]["heads"],
+        "intermediate_size": found["widths"]["channels"],
+        **{field.name: found[field.name] for field in fields(Quality)},
+        "perplexity_change": found["perplexity"] / whole - 1,
+        "loss": found["loss"][1],
+        "run_seconds": found["seconds"],
+    }
+    if found["facts"]:
+        metrics["residual"] = found["facts"]["residual"]
+    bench.note(
+        f"  {method}: perplexity {metrics['perplexity']:.3f}, retrieval "
+        f"{metrics['retrieval']:.0%}, {found['seconds']:.0f} s"
+    )
+    return Case(_name(keep, method), None, metrics=metrics)
+
+
+def _speeds(bench: Bench, shapes: dict[float, dict[str, int]]) -> list[Case]:
+    """Decoding and prefill of one sequence, whole and narrower models in turn."""
+    if not shapes:
+        return []
+    size, tokenizer = bench.size, bench.yardstick.tokenizer
+    decoders = [bench.load(), *(bench.sliced(widths) for widths in shapes.values())]
+    llms = [LLM(decoder, tokenizer=tokenizer) for decoder in decoders]
+    whole, *narrow = measure_speeds(
+        llms, batch=1, prompt=size.prompt, output=size.output, repeats=size.repeats
+    )
+    cases = []
+    for (keep, widths), speed in zip(shapes.items(), narrow, strict=True):
+        metrics = {
+            "tokens_per_second": speed.decode,
+            "peer_tokens_per_second": whole.decode,
+            "prefill_tokens_per_second": speed.prefill,
+            "peer_prefill_tokens_per_second": whole.prefill,
+            **widths,
+        }
+        cases.append(
+            Case(
+                _name(keep, "speed"),
+                1 / speed.decode,
+                "serval-tiny, unpruned",
+                1 / whole.decode,
+                speed.decode / whole.decode,
+                metrics=metrics,
+            )
+        )
+    return cases
