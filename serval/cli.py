@@ -88,6 +88,35 @@ def train(
         sys.exit(130)
 
 
+@app.command()
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: --set adapter.rank=32")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run's state.")] = False,
+) -> None:
+    """Fine-tune a model on conversations or completions: all weights, LoRA or AFA-LoRA."""
+    from serval.adapt.tune import run
+
+    result = run(recipe, overrides=override or [], fresh=fresh)
+    if result.interrupted:
+        sys.exit(130)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(help="PEFT LoRA adapter directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    force: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+) -> None:
+    """Merge a LoRA adapter into a checkpoint's weights."""
+    from serval.adapt.merging import merge_checkpoint
+
+    print(f"wrote {merge_checkpoint(model, adapter, out, force=force)}")
+
+
 @app.command(name="eval")
 def evaluate(
     model: Model,

@@ -20,6 +20,7 @@ SEAMS = {
     "optimizer": ("serval.optim:OPTIMIZERS", "recipe optimizer.name"),
     "trainer callback": ("serval.train.callbacks:CALLBACKS", "recipe callbacks"),
     "schedule": ("serval.optim:SCHEDULES", "recipe schedule.name"),
+    "fine-tuning": ("serval.adapt:METHODS", "tune recipe method"),
     "weights": ("serval.compress:RECIPES", "compress --weights"),
     "rotation": ("serval.compress:ROTATIONS", "compress --rotate"),
     "pruning": ("serval.compress:PRUNERS", "prune --method"),

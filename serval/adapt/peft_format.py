@@ -124,11 +124,14 @@ def save_adapter(
     directory: str | Path,
     base_model: str = "",
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    *,
+    write: bool = True,
 ) -> Path:
     """Write the decoder's adapters as a plain PEFT LoRA; returns the directory.
 
     base_model: where the base is, for `base_model_name_or_path`. gather: what makes a tensor whole
-    (sharded training). Raises ConfigError while one is non-linear, or when there is none.
+    (sharded training, where all ranks call and only one has `write`). Raises ConfigError while one
+    is non-linear, or when there is none.
     """
     found = adapters(decoder)
     if not found:
@@ -147,6 +150,8 @@ def save_adapter(
             whole = gather(parameter.detach()).cpu().contiguous()
             tensors[f"{_PREFIX}{stored}.{leaf}.weight"] = whole
     target = Path(directory)
+    if not write:
+        return target
     staging = target.with_name(f".writing-{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -166,7 +171,9 @@ def save_adapter(
     return target
 
 
-def _config_of(decoder: Decoder, found: Mapping[str, LoraLinear], base_model: str) -> dict:
+def _config_of(
+    decoder: Decoder, found: Mapping[str, LoraLinear], base_model: str
+) -> dict[str, Any]:
     options = next(iter(found.values())).options
     names = [module_name(decoder.config, name) for name in found]
     # Leaves are what people read, but "gate_proj" would also match every expert's.

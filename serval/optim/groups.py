@@ -106,8 +106,9 @@ def _role_of(owner: nn.Module, owner_name: str, attribute: str, parameter: nn.Pa
     )
 
 
-def route(model: nn.Module) -> list[NamedParameter]:
-    """List the trainable parameters of `model` with their roles, in the model's own order.
+def route(model: nn.Module, *, frozen: bool = False) -> list[NamedParameter]:
+    """List the trainable parameters of `model` with their roles, in the model's own order;
+    `frozen` lists the others too.
 
     Each parameter appears once, also when tied. Raises ConfigError for a parameter whose role
     cannot be told.
@@ -116,7 +117,7 @@ def route(model: nn.Module) -> list[NamedParameter]:
     seen: set[int] = set()
     for owner_name, owner in model.named_modules():
         for attribute, parameter in owner.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
+            if id(parameter) in seen or not (parameter.requires_grad or frozen):
                 continue
             seen.add(id(parameter))
             name = f"{owner_name}.{attribute}" if owner_name else attribute

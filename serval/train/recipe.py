@@ -125,38 +125,17 @@ class CheckpointSection(Section):
     keep: Positive = 2
 
 
-class Recipe(Section):
-    """One training run.
-
-    output: directory of the run. initializer: a key of `serval.models.initialize.INITIALIZERS`, for
-    fresh weights. model: fields of `ModelConfig` (vocab_size comes from the
-    tokenizer), or `path` of a checkpoint to continue from. data: see `serval.data.options`.
-    callbacks: methods that act during training, a key of `serval.train.callbacks.CALLBACKS` and the
-    fields of its class.
-    """
+class Run(Section):
+    """What every training run has. output: its directory."""
 
     output: str
     seed: NonNegative = 0
-    initializer: str = "normal"
-    model: dict[str, Any]
-    data: DataOptions
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    callbacks: dict[str, dict[str, Any] | None] = {}
     tensorboard: bool = False
-
-    def build_callbacks(self) -> list[Callback]:
-        """The methods under `callbacks`, in the recipe's order; raises ConfigError naming every
-        wrong key."""
-        return [
-            check_dataclass(
-                resolve(CALLBACKS, name, "callback"), options or {}, f"callbacks.{name}", "recipe"
-            )
-            for name, options in self.callbacks.items()
-        ]
 
     @property
     def directory(self) -> Path:
@@ -169,6 +148,46 @@ class Recipe(Section):
         values = self.model_dump(mode="json", exclude=loose)
         for key in ("steps", "log_every", "device"):
             values["train"].pop(key)
+        return values
+
+    def check_choices(self) -> None:
+        """Raise ConfigError for what one section's types cannot tell: names, and numbers that must
+        fit each other."""
+        resolve(OPTIMIZERS, self.optimizer.name, "optimizer")
+        rows, share = self.train.batch_rows, self.train.micro_batch_rows
+        if rows % share:
+            raise ConfigError(
+                f"train.batch_rows is {rows}; expected a multiple of train.micro_batch_rows {share}"
+            )
+
+
+class Recipe(Run):
+    """One run of `serval train`.
+
+    initializer: a key of `serval.models.initialize.INITIALIZERS`, for
+    fresh weights. model: fields of `ModelConfig` (vocab_size comes from the
+    tokenizer), or `path` of a checkpoint to continue from. data: see `serval.data.options`.
+    callbacks: methods that act during training, a key of `serval.train.callbacks.CALLBACKS` and the
+    fields of its class.
+    """
+
+    initializer: str = "normal"
+    model: dict[str, Any]
+    data: DataOptions
+    callbacks: dict[str, dict[str, Any] | None] = {}
+
+    def build_callbacks(self) -> list[Callback]:
+        """The methods under `callbacks`, in the recipe's order; raises ConfigError naming every
+        wrong key."""
+        return [
+            check_dataclass(
+                resolve(CALLBACKS, name, "callback"), options or {}, f"callbacks.{name}", "recipe"
+            )
+            for name, options in self.callbacks.items()
+        ]
+
+    def fingerprint(self) -> dict[str, Any]:
+        values = super().fingerprint()
         values["data"].pop("cache")
         return values
 
@@ -178,6 +197,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     overrides: "section.key=value" strings laid over the file, values written as in YAML.
     """
+    values = read_values(path, overrides)
+    recipe = check_section(Recipe, values, f"recipe {path}")
+    _check_choices(recipe)
+    config = _model_of(recipe, f"recipe {path}")
+    checkpoint.choose_family(config)  # or the run would end with a model that cannot be written
+    if recipe.data.row_tokens > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.row_tokens {recipe.data.row_tokens} exceeds model.max_position_embeddings "
+            f"{config.max_position_embeddings}; a document may fill a whole row"
+        )
+    return recipe
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a YAML file, unchecked, with `overrides` laid over them."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -192,28 +226,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path}: expected a mapping of sections, the file is {kind}")
     for override in overrides:
         _override(values, override)
-    recipe = check_section(Recipe, values, f"recipe {path}")
-    _check_choices(recipe)
-    config = _model_of(recipe, f"recipe {path}")
-    checkpoint.choose_family(config)  # or the run would end with a model that cannot be written
-    if recipe.data.row_tokens > config.max_position_embeddings:
-        raise ConfigError(
-            f"data.row_tokens {recipe.data.row_tokens} exceeds model.max_position_embeddings "
-            f"{config.max_position_embeddings}; a document may fill a whole row"
-        )
-    return recipe
+    return values
 
 
 def _check_choices(recipe: Recipe) -> None:
-    """What one section's types cannot tell: names, and numbers that must fit each other."""
-    resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer")
+    recipe.check_choices()
     resolve(INITIALIZERS, recipe.initializer, "initializer")
     recipe.schedule.build(recipe.train.steps)
-    rows, share = recipe.train.batch_rows, recipe.train.micro_batch_rows
-    if rows % share:
-        raise ConfigError(
-            f"train.batch_rows is {rows}; expected a multiple of train.micro_batch_rows {share}"
-        )
     check_options(recipe.data)
     recipe.build_callbacks()
 

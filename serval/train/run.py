@@ -36,7 +36,7 @@ from serval.train import checkpoint
 from serval.train.curve import draw_curve
 from serval.train.distributed import World, whole
 from serval.train.loop import Settings, Trainer, best_dtype
-from serval.train.recipe import Recipe, check_model, load_recipe
+from serval.train.recipe import Recipe, Run, check_model, load_recipe
 from serval.train.reporting import Callback, Console, JsonLog, TensorBoard
 
 
@@ -108,7 +108,13 @@ def _run(
     if trainer.interrupted and trainer.step < recipe.train.steps:
         note(f"stopped at step {trainer.step}; resume with: serval train {recipe_path}")
         return Result(trainer.step, True, None)
-    target = export(trainer, data, directory / "recipe.yaml", directory / "model")
+
+    def write(complete: Decoder, folder: Path) -> None:
+        weights.save(complete, folder)
+        save_tokenizer(data.tokenizer, folder, complete.config.max_position_embeddings)
+        shutil.copy(directory / "recipe.yaml", folder)  # tells an evaluation what was held out
+
+    target = export(trainer, write, directory / "model")
     note(f"model written to {target}; try: serval serve {target}")
     return Result(trainer.step, False, target)
 
@@ -127,7 +133,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def prepare_directory(recipe: Recipe, world: World, fresh: bool) -> None:
+def prepare_directory(recipe: Run, world: World, fresh: bool) -> None:
     """Create the output directory with a copy of the recipe; `fresh` clears an earlier run."""
     directory = recipe.directory
     if world.is_main:
@@ -199,7 +205,7 @@ def model_config(recipe: Recipe, data: Data) -> ModelConfig:
     return check_model(values, "recipe")
 
 
-def settings_of(recipe: Recipe, world: World) -> Settings:
+def settings_of(recipe: Run, world: World) -> Settings:
     train = recipe.train
     return Settings(
         steps=train.steps,
@@ -217,7 +223,7 @@ def settings_of(recipe: Recipe, world: World) -> Settings:
     )
 
 
-def reports(recipe: Recipe, world: World, note: Callable[[str], None]) -> list[Callback]:
+def reports(recipe: Run, world: World, note: Callable[[str], None]) -> list[Callback]:
     """What reports on the run: log.jsonl, console, TensorBoard; the main process only."""
     if not world.is_main:
         return []
@@ -233,9 +239,10 @@ def reports(recipe: Recipe, world: World, note: Callable[[str], None]) -> list[C
     return found
 
 
-def export(trainer: Trainer, data: Data, recipe: Path, target: Path) -> Path:
-    """Write weights and tokenizer in Hugging Face's layout, with the recipe, which tells an
-    evaluation the text that was held out; a collective call."""
+def export(trainer: Trainer, write: Callable[[Decoder, Path], None], target: Path) -> Path:
+    """Publish at `target` what `write` puts of the whole model into a folder; a collective call.
+
+    Raises CheckpointError when the disk is full or not writable; then nothing is left behind."""
     decoder = trainer.decoder
     state = {name: whole(tensor).cpu() for name, tensor in decoder.state_dict().items()}
     if trainer.world.is_main:
@@ -248,9 +255,7 @@ def export(trainer: Trainer, data: Data, recipe: Path, target: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            weights.save(complete, temporary)
-            save_tokenizer(data.tokenizer, temporary, decoder.config.max_position_embeddings)
-            shutil.copy(recipe, temporary)
+            write(complete, temporary)
             checkpoint.publish(temporary, target)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -18,7 +18,8 @@ from serval.train.cpu import product
 class ModelFlops:
     """FLOPs of one training token, forward and backward, as needed by the algorithm.
 
-    per_token: 6 per weight that multiplies a token. per_pair: per (query, key) pair of a document.
+    per_token: 6 per weight that multiplies a token, 4 if it is frozen. per_pair: per (query, key)
+    pair of a document.
     """
 
     per_token: float
@@ -29,8 +30,8 @@ class ModelFlops:
         """Count the products of `decoder`: matrices, head, and the experts a token is sent to."""
         moe = decoder.config.moe
         active = 0.0
-        for named in route(decoder):
-            size = named.parameter.numel()
+        for named in route(decoder, frozen=True):
+            size = named.parameter.numel() * (6 if named.parameter.requires_grad else 4)
             if named.role in (Role.HIDDEN_MATRIX, Role.HEAD, Role.ROUTER):
                 active += size
             elif named.role is Role.EXPERT_STACK and moe is not None:
@@ -39,7 +40,7 @@ class ModelFlops:
             elif named.role is Role.EMBEDDING and decoder.lm_head is None:
                 active += size
         pairs = sum(s.num_heads * (s.head_dim + s.v_head_dim) for s in decoder.attention_layers)
-        return cls(per_token=6.0 * active, per_pair=6.0 * pairs)
+        return cls(per_token=float(active), per_pair=6.0 * pairs)
 
     def of_documents(self, lengths: Sequence[int]) -> float:
         """FLOPs of training on documents of `lengths` tokens (causal: half of all pairs)."""
