@@ -69,9 +69,7 @@ class SamplingParams:
         if self.top_p == 0:
             raise RequestError("top_p must be above 0 and at most 1, got 0")
         self._number("min_p", 0, 1)
-        self._number("repetition_penalty", 0, math.inf)
-        if self.repetition_penalty == 0:
-            raise RequestError("repetition_penalty must be above 0, got 0")
+        self._number("repetition_penalty", 0.01, 100)  # beyond that logits overflow
         self._number("presence_penalty", -math.inf, math.inf)
         self._number("frequency_penalty", -math.inf, math.inf)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -163,7 +163,11 @@ def _pick(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    """[R, 1] of `like`'s kind; what is too small for it becomes its smallest number, not 0."""
+    column = torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    positive = column > 0
+    column = column.to(like.dtype)
+    return column.clamp_min_(torch.finfo(like.dtype).tiny) if bool(positive.all()) else column
 
 
 def token_logprobs(

@@ -101,7 +101,7 @@ class Generation(Strict):
     # Beyond OpenAI, as in vLLM.
     top_k: Int | None = Field(None, ge=-1, le=INT64)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: Int | None = Field(None, ge=0, le=INT64)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
     ignore_eos: bool | None = None

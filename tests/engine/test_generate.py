@@ -230,8 +230,8 @@ def test_bad_requests_leave_nothing_behind(prompt, params, match) -> None:
     ("field", "value"),
     [
         ("n", 0), ("n", 1.5), ("temperature", -1), ("temperature", float("nan")), ("top_k", -1),
-        ("top_p", 0), ("top_p", 1.1), ("min_p", 2), ("repetition_penalty", 0), ("max_tokens", -1),
-        ("min_tokens", 200), ("seed", "x"), ("seed", True), ("stop", ["", "a"]), ("stop", 3),
+        ("top_p", 0), ("top_p", 1.1), ("min_p", 2), ("repetition_penalty", 5e-324),
+        ("max_tokens", -1), ("min_tokens", 200), ("seed", "x"), ("seed", True), ("stop", ["", "a"]), ("stop", 3),
         ("stop_token_ids", [-1]), ("logprobs", -1), ("logit_bias", [1]),
         ("logit_bias", {1: float("inf")}), ("logit_bias", {"a": 1}), ("choice", []),
         ("json_schema", "{"), ("regex", 3), ("presence_penalty", None),
@@ -240,6 +240,14 @@ def test_bad_requests_leave_nothing_behind(prompt, params, match) -> None:
 def test_bad_parameters_are_named(field: str, value: object) -> None:
     with pytest.raises(RequestError, match=field):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+def test_the_smallest_numbers_are_nearly_greedy(field: str) -> None:
+    llm = tiny_llm()
+    greedy = llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=6))[0]
+    tiny = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=6, **{field: 5e-324}))[0]
+    assert tiny.outputs[0].token_ids == greedy.outputs[0].token_ids
 
 
 def test_bad_engine_options() -> None:
