@@ -231,7 +231,8 @@ def test_bad_requests_leave_nothing_behind(prompt, params, match) -> None:
     [
         ("n", 0), ("n", 1.5), ("temperature", -1), ("temperature", float("nan")), ("top_k", -1),
         ("top_p", 0), ("top_p", 1.1), ("min_p", 2), ("repetition_penalty", 5e-324),
-        ("max_tokens", -1), ("min_tokens", 200), ("seed", "x"), ("seed", True), ("stop", ["", "a"]), ("stop", 3),
+        ("max_tokens", -1), ("min_tokens", 200), ("seed", "x"), ("seed", True),
+        ("stop", ["", "a"]), ("stop", 3),
         ("stop_token_ids", [-1]), ("logprobs", -1), ("logit_bias", [1]),
         ("logit_bias", {1: float("inf")}), ("logit_bias", {"a": 1}), ("choice", []),
         ("json_schema", "{"), ("regex", 3), ("presence_penalty", None),
