@@ -43,6 +43,9 @@ BENCHES: dict[str, Entry] = {
     "prune": Entry(
         "serval.bench.prune:collect", "MaskPrune against one-shot pruning, quality and tokens/s"
     ),
+    "wisca": Entry(
+        "serval.bench.wisca:collect", "small models with and without WISCA, paired by seed"
+    ),
     "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
 }
 

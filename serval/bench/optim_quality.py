@@ -101,23 +101,30 @@ class Run:
 
     def result(self, text: Callable[[], Text], note: Callable[[str], None]) -> dict[str, Any]:
         """The kept result, or that of training now."""
-        path = self.path()
-        if path.exists():
-            kept: dict[str, Any] = json.loads(path.read_text())
-            return kept
-        rows = text()
-        begin = time.perf_counter()
-        found = train(self, rows)
-        found["seconds"] = time.perf_counter() - begin
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".writing")
-        temporary.write_text(json.dumps(found))
-        temporary.replace(path)
-        note(
-            f"  {self.model} {self.optimizer} lr {self.lr:g} seed {self.seed}: "
-            f"{found['curve'][-1][1]:.4f} nats in {found['seconds']:.0f} s"
-        )
-        return found
+        title = f"{self.model} {self.optimizer} lr {self.lr:g} seed {self.seed}"
+        return kept(self.path(), lambda: train(self, text()), title, note)
+
+
+def kept(
+    path: Path,
+    compute: Callable[[], dict[str, Any]],
+    title: str,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """What an earlier call kept at `path`, or what `compute` returns, kept with its `seconds`; a
+    new result, with its "curve" of losses, is told as `title`."""
+    if path.exists():
+        earlier: dict[str, Any] = json.loads(path.read_text())
+        return earlier
+    begin = time.perf_counter()
+    found = compute()
+    found["seconds"] = time.perf_counter() - begin
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(found))
+    temporary.replace(path)
+    note(f"  {title}: {found['curve'][-1][1]:.4f} nats in {found['seconds']:.0f} s")
+    return found
 
 
 @dataclass
@@ -144,7 +151,7 @@ class Text:
         )
 
 
-class _Shuffled:
+class Shuffled:
     """The training rows in an order of their own for each seed."""
 
     def __init__(self, rows: Sequence[Row], seed: int) -> None:
@@ -164,7 +171,7 @@ class _Shuffled:
         self.at = state["at"]
 
 
-class _Curve(Callback):
+class Curve(Callback):
     """Validation losses: [step, loss]."""
 
     def __init__(self) -> None:
@@ -188,12 +195,12 @@ def train(run: Run, text: Text) -> dict[str, Any]:
         dtype=best_dtype("auto", torch.device("cpu")),
         validate_every=max(1, size.steps // 15),
     )
-    curve = _Curve()
+    curve = Curve()
     trainer = Trainer(
         decoder,
         lambda model: build_optimizer(run.optimizer, model, options),
         WarmupStableDecay(size.steps, size.steps // 20, size.steps // 4),
-        _Shuffled(text.training, run.seed),
+        Shuffled(text.training, run.seed),
         settings,
         validation=text.validation,
         callbacks=[curve],
