@@ -6,7 +6,7 @@ token. Floor: the operations of the weights and of causal attention at a measure
 matrix products for float32, of integer dot products in registers for int8 and W4A8 (whose attention
 is float32: the true floor lies higher).
 
-65,536 tokens at once would take an hour a round, so that case runs 4 of the 16 layers and says so
+65,536 tokens at once would take an hour a round, so that case runs 2 of the 16 layers and says so
 in its name; every layer costs the same, and the ratio with it.
 """
 
@@ -66,7 +66,7 @@ def collect(setup: Setup) -> list[Case]:
         for batch in (1, 8):
             for context in contexts:
                 large = batch * context > 20_000
-                part = f"{shape}-4of16layers" if large else shape
+                part = f"{shape}-2of16layers" if large else shape
                 config = SHAPES[part]
                 bench = Bench(part, config, pool)
                 rounds = 1 if setup.quick else max(1, min(5, 8192 // (batch * context)))

@@ -59,7 +59,7 @@ TINY = ModelConfig(  # what --quick runs; llama.cpp's Q8_0 needs rows of a multi
 
 SHAPES: dict[str, ModelConfig] = {
     "llama-1b": LLAMA_1B,
-    "llama-1b-4of16layers": replace(LLAMA_1B, num_hidden_layers=4),
+    "llama-1b-2of16layers": replace(LLAMA_1B, num_hidden_layers=2),
     "tiny": TINY,
 }
 
