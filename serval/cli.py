@@ -412,6 +412,10 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(help="Larger bodies get 413.")] = 8 * 2**20,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of one answer.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file to use instead.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIRECTORY of a LoRA adapter, chosen as model; repeatable."),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(help="Time running requests get after SIGTERM.")
     ] = 30.0,
@@ -439,6 +443,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         max_tokens=max_tokens,
         chat_template=chat_template,
+        lora=lora or [],
         drain_seconds=drain_seconds,
         log_level=log_level,
     )

@@ -70,7 +70,11 @@ class BlockTable:
 
 @dataclass(eq=False)
 class SequenceCache:
-    """One sequence's tables, one per group, and how many of its tokens they hold."""
+    """One sequence's tables, one per group, and how many of its tokens they hold.
+
+    root: what its keys start from. Sequences share blocks only under the same root: equal tokens
+    have equal keys and values only in the same model (an adapter is another one).
+    """
 
     tables: list[BlockTable]
     num_tokens: int = 0
@@ -78,6 +82,7 @@ class SequenceCache:
         default_factory=list
     )  # chained keys of the leading full blocks, so far
     published: int = 0  # how many leading blocks were offered to the index
+    root: bytes = b""
 
 
 class CacheManager:
@@ -119,9 +124,12 @@ class CacheManager:
         shares = zip(self._pools, self._groups_of_pool, strict=True)
         return min(pool.num_blocks // groups for pool, groups in shares) * self.block_size
 
-    def create(self) -> SequenceCache:
-        """An empty sequence."""
-        cache = SequenceCache([BlockTable() for _ in self.groups])
+    def create(self, root: bytes = b"") -> SequenceCache:
+        """An empty sequence; it shares stored prefixes only with sequences of the same `root` (at
+        most 15 bytes, so that no key can be taken for one)."""
+        if len(root) > 15:
+            raise CacheError(f"the root of a sequence's keys has {len(root)} bytes, at most 15 fit")
+        cache = SequenceCache([BlockTable() for _ in self.groups], root=root)
         self._live[id(cache)] = cache
         return cache
 
@@ -227,7 +235,9 @@ class CacheManager:
         writes."""
         self._check_live(cache)
         tables = [table.copy() for table in cache.tables]
-        child = SequenceCache(tables, cache.num_tokens, list(cache.keys), cache.published)
+        child = SequenceCache(
+            tables, cache.num_tokens, list(cache.keys), cache.published, cache.root
+        )
         for group, table in zip(self.groups, child.tables, strict=True):
             for block in table.ids:
                 group.pool.acquire(int(block))
@@ -306,7 +316,7 @@ class CacheManager:
     def _extend_keys(self, cache: SequenceCache, tokens: np.ndarray, count: int) -> None:
         size = self.block_size
         for index in range(len(cache.keys), count):
-            parent = cache.keys[-1] if cache.keys else b""
+            parent = cache.keys[-1] if cache.keys else cache.root
             cache.keys.append(chain_key(parent, tokens[index * size : (index + 1) * size]))
 
     def _publish(self, cache: SequenceCache, position: int) -> None:

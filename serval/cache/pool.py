@@ -33,8 +33,8 @@ def chain_key(parent: bytes, tokens: np.ndarray) -> bytes:
     tokens.
 
     Two blocks share a key only if every token from the start of the sequence agrees, so equal keys
-    mean equal keys and values. Args: `parent` is `b""` for the first block; `tokens` int64
-    [block_size].
+    mean equal keys and values. Args: `parent` is the sequence's root (`b""` without an adapter) for
+    the first block; `tokens` int64 [block_size].
     """
     return blake2b(tokens.tobytes(), digest_size=16, key=parent).digest()
 

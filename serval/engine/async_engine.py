@@ -98,9 +98,11 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         add_special_tokens: bool = True,
+        lora: str | None = None,
     ) -> RequestStream:
-        """Queue a prompt; returns its stream. Raises `RequestError`, or `EngineStoppedError` when
-        the engine's thread has ended; then nothing is queued."""
+        """Queue a prompt; returns its stream. lora: the adapter to answer with. Raises
+        `RequestError`, or `EngineStoppedError` when the engine's thread has ended; then nothing is
+        queued."""
         if self._draining:
             raise RequestError("the engine is shutting down and takes no new requests")
         if not self.alive:
@@ -118,6 +120,7 @@ class AsyncLLM:
                 prompt=prompt if isinstance(prompt, str) else None,
                 request_id=request_id,
                 on_delta=lambda delta: self._outbox.append((stream, delta)),
+                lora=lora,
             )
 
         self._open[request_id] = True
@@ -142,11 +145,16 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         add_special_tokens: bool = True,
+        lora: str | None = None,
     ) -> AsyncIterator[Delta]:
         """Continue a prompt, giving each `Delta` as it is made. A caller that stops listening, or
         is cancelled, cancels the request."""
         stream = await self.submit(
-            prompt, params, request_id=request_id, add_special_tokens=add_special_tokens
+            prompt,
+            params,
+            request_id=request_id,
+            add_special_tokens=add_special_tokens,
+            lora=lora,
         )
         try:
             async for delta in stream:

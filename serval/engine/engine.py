@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from serval.adapt.serving import AdapterBank
 from serval.cache.memory import PagedMemory
 from serval.engine.constrained import ConstraintCompiler
 from serval.engine.detokenizer import Detokenizer
@@ -62,6 +63,7 @@ class Engine:
         tokenizer: a Hugging Face tokenizer, or None (token ids in, token ids out).
         memory: the paged cache, sized for the decoder.
         eos_token_ids: tokens that end a text.
+        adapters: LoRA adapters installed in the decoder, by which a request may be answered.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Engine:
         eos_token_ids: list[int],
         device: torch.device,
         seed: int = 0,
+        adapters: AdapterBank | None = None,
     ) -> None:
+        self.adapters = adapters
         self.decoder, self.tokenizer, self.memory = decoder, tokenizer, memory
         self.manager = memory.manager
         self.max_model_len = max_model_len
@@ -102,10 +106,16 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
         on_delta: Callable[[Delta], None] | None = None,
+        lora: str | None = None,
     ) -> Request:
         """Queue a prompt. Raises `RequestError` if it cannot be served; then nothing is queued."""
         request = self.prepare(
-            prompt_token_ids, params, prompt=prompt, request_id=request_id, on_delta=on_delta
+            prompt_token_ids,
+            params,
+            prompt=prompt,
+            request_id=request_id,
+            on_delta=on_delta,
+            lora=lora,
         )
         self.submit(request)
         return request
@@ -118,10 +128,13 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
         on_delta: Callable[[Delta], None] | None = None,
+        lora: str | None = None,
     ) -> Request:
         """Check a prompt and compile its constraint, touching nothing of the engine's state: any
-        thread may call it. Raises `RequestError`."""
+        thread may call it. lora: name of the adapter to answer with (None: the model alone).
+        Raises `RequestError`."""
         self.check(prompt_token_ids, params)
+        adapter = self._adapter(lora)
         arrival = next(self._arrivals)
         seed = params.seed
         if seed is None:
@@ -137,7 +150,17 @@ class Engine:
             on_delta,
             constraint=self._constraints.compile(params),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            adapter=adapter,
         )
+
+    def _adapter(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        names = [] if self.adapters is None else self.adapters.names
+        if self.adapters is None or name not in names:
+            known = ", ".join(map(repr, names)) or "none"
+            raise RequestError(f"there is no adapter {name!r}; this engine has: {known}")
+        return self.adapters.index(name)
 
     def submit(self, request: Request) -> None:
         """Queue a prepared request. Raises `RequestError` if its id is in use."""
@@ -147,7 +170,9 @@ class Engine:
         stop_ids = set(params.stop_token_ids or [])
         if not params.ignore_eos:
             stop_ids.update(self.eos_token_ids)
-        first = Sequence(request, 0, self.manager.create(), frozenset(stop_ids))
+        # Other weights make other keys and values of the same tokens.
+        root = request.adapter.to_bytes(4, "little") if request.adapter else b""
+        first = Sequence(request, 0, self.manager.create(root), frozenset(stop_ids))
         first.width = params.n
         first.constraint = request.constraint
         if params.logprobs is not None:

@@ -12,13 +12,14 @@ import logging
 import os
 import reprlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from serval.adapt.serving import AdapterBank
 from serval.cache.memory import PagedMemory, cache_bytes_per_token
 from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.engine import Engine, EngineStats
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Prompts = str | list[str] | list[int] | list[list[int]]
+Loras = str | Sequence[str | None] | None
 _DEFAULT_SEQUENCES = 16  # full-length sequences that the default cache budget holds
 _DEFAULT_MEMORY = 0.25  # and at most this share of the free memory
 
@@ -56,6 +58,8 @@ class LLM:
         dtype: by default float32 on CPUs, bfloat16 on GPUs.
         seed: for requests that bring no seed of their own.
         prefix_caching: reuse the cache of prompts that start alike.
+        lora: name -> directory of a plain PEFT LoRA adapter, put into the decoder; `generate`,
+            `chat` and `stream` choose one by name, per prompt.
 
     Raises `ConfigError`, `CheckpointError`, `CacheError`, or `DataError` for a bad tokenizer.
     """
@@ -75,6 +79,7 @@ class LLM:
         device: torch.device | str | None = None,
         seed: int = 0,
         prefix_caching: bool = True,
+        lora: Mapping[str, str | Path] | None = None,
     ) -> None:
         _check_limits(block_size, max_batch_tokens, max_sequences, max_model_len)
         directory = None
@@ -85,6 +90,7 @@ class LLM:
             dtype = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
             directory = checkpoint.locate(model)
             decoder = checkpoint.load(directory, dtype=dtype, device=where)
+        adapters = AdapterBank(decoder, lora) if lora else None
         self.decoder = decoder.eval()
         config = decoder.config
         self.tokenizer = _load_tokenizer(tokenizer, directory)
@@ -127,6 +133,7 @@ class LLM:
             eos_token_ids=_eos_token_ids(decoder, self.tokenizer, directory),
             device=weight.device,
             seed=seed,
+            adapters=adapters,
         )
         self.lock = threading.Lock()  # held by whoever steps or changes the engine
         self._async: AsyncLLM | None = None
@@ -135,18 +142,25 @@ class LLM:
         self,
         prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora: Loras = None,
     ) -> list[RequestOutput]:
         """Continue one or many prompts (texts or token ids); returns outputs in their order.
 
-        Raises `RequestError` before anything runs if any of them cannot be served.
+        lora: the adapter to use, or one per prompt; None is the model alone. Raises `RequestError`
+        before anything runs if any of them cannot be served.
         """
         batch = _as_batch(prompts)
         every = _params_per_prompt(params, len(batch))
         prepared = [
             self.engine.prepare(
-                self.encode(prompt), own, prompt=prompt if isinstance(prompt, str) else None
+                self.encode(prompt),
+                own,
+                prompt=prompt if isinstance(prompt, str) else None,
+                lora=adapter,
             )
-            for prompt, own in zip(batch, every, strict=True)
+            for prompt, own, adapter in zip(
+                batch, every, _loras_per_prompt(lora, len(batch)), strict=True
+            )
         ]
         return self._run(prepared)
 
@@ -155,27 +169,36 @@ class LLM:
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         tools: list[dict[str, Any]] | None = None,
+        lora: Loras = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the tokenizer's chat template."""
+        """Answer one conversation, or several, through the tokenizer's chat template; `lora` as for
+        `generate`."""
         several = bool(messages) and isinstance(messages[0], list)
         conversations: list[Any] = list(messages) if several else [messages]
         texts = [self.chat_prompt(conversation, tools) for conversation in conversations]
         every = _params_per_prompt(params, len(texts))
         prepared = [
-            self.engine.prepare(self.encode(text, add_special_tokens=False), own, prompt=text)
-            for text, own in zip(texts, every, strict=True)
+            self.engine.prepare(
+                self.encode(text, add_special_tokens=False), own, prompt=text, lora=adapter
+            )
+            for text, own, adapter in zip(
+                texts, every, _loras_per_prompt(lora, len(texts)), strict=True
+            )
         ]
         return self._run(prepared)
 
     async def stream(
-        self, prompt: str | list[int], params: SamplingParams | None = None
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        lora: str | None = None,
     ) -> AsyncIterator[Delta]:
         """Continue one prompt, giving each `Delta` as it is made; leaving the loop cancels it."""
         if self._async is None:
             from serval.engine.async_engine import AsyncLLM
 
             self._async = AsyncLLM(self)
-        async for delta in self._async.stream(prompt, params):
+        async for delta in self._async.stream(prompt, params, lora=lora):
             yield delta
 
     def chat_prompt(
@@ -271,6 +294,14 @@ def _params_per_prompt(
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one each")
     return list(params)
+
+
+def _loras_per_prompt(lora: Loras, count: int) -> list[str | None]:
+    if lora is None or isinstance(lora, str):
+        return [lora] * count
+    if len(lora) != count:
+        raise RequestError(f"{len(lora)} adapters for {count} prompts: give one each")
+    return list(lora)
 
 
 def _load_tokenizer(tokenizer: Any, directory: Path | None) -> Any:

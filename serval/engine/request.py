@@ -82,7 +82,8 @@ class Delta:
 class Request:
     """One prompt on its way through the engine.
 
-    arrival: the order of arrival, which is the order of service. on_delta: called with every
+    arrival: the order of arrival, which is the order of service. adapter: number of its LoRA
+    adapter, 0 for none. on_delta: called with every
     `Delta`, from the thread that steps the engine; text is decoded as it comes only if it is set.
     """
 
@@ -97,6 +98,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    adapter: int = 0
 
     @property
     def finished(self) -> bool:

@@ -79,12 +79,14 @@ class Runner:
         logits_rows = None
         if len(sampled) != rows:
             logits_rows = torch.tensor(sampled, dtype=torch.int64, device=self.device)
+        adapters = [item.sequence.request.adapter for item in work]
         batch = PackedBatch(
             positions=self._tensor(self._positions[:rows]),
             query_starts=query_starts,
             context_lens=context_lens,
             memory=self.memory,
             logits_rows=None if scored else logits_rows,
+            adapters=adapters if any(adapters) else None,
         )
         hidden = self.decoder(self._tensor(self._tokens[:rows]), batch)
         for n in scored:

@@ -19,7 +19,9 @@ class PackedBatch:
     positions: int64 [T], rotary position of each row. query_starts: int32 [N + 1], rows
     query_starts[n]:query_starts[n+1] belong to sequence n. context_lens: int32 [N], tokens of
     sequence n known after this step. memory: what attention layers talk to. logits_rows: int64 [R],
-    the rows whose logits are wanted (None: all); `Decoder.forward` returns these only.
+    the rows whose logits are wanted (None: all); `Decoder.forward` returns these only. adapters:
+    per sequence, the number of its LoRA adapter from 1, or 0 for none (None: no sequence has one);
+    read by `serval.adapt.serving`.
     """
 
     positions: Tensor
@@ -27,6 +29,7 @@ class PackedBatch:
     context_lens: Tensor
     memory: Memory
     logits_rows: Tensor | None = None
+    adapters: list[int] | None = None
 
     @classmethod
     def from_lengths(

@@ -26,6 +26,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     root: str
+    parent: str | None
     max_model_len: int
 
 

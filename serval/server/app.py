@@ -91,13 +91,15 @@ def _add_openai_routes(app: FastAPI, state: State) -> None:
             "created": state.created,
             "owned_by": "serval",
             "root": state.model,
+            "parent": state.model if name in state.options.adapters else None,
             "max_model_len": state.max_model_len,
         }
 
     @app.get("/v1/models", responses=answers.ok(answers.ModelList))
     async def list_models() -> Response:
-        """The models of this server: one, under each of its names."""
-        cards = [card(name) for name in state.options.model_names]
+        """The models of this server: one, under each of its names, and its adapters."""
+        names = [*state.options.model_names, *state.options.adapters]
+        cards = [card(name) for name in names]
         return JSONResponse({"object": "list", "data": cards})
 
     @app.get("/v1/models/{model:path}", responses=answers.ok(answers.ModelCard, 404))

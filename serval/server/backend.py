@@ -61,9 +61,13 @@ class Backend(Protocol):
         ...
 
     async def generate(
-        self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: Mapping[str, Any],
+        lora: str | None = None,
     ) -> Stream:
-        """Start one prompt; `sampling` holds fields of `SamplingParams`.
+        """Start one prompt; `sampling` holds fields of `SamplingParams`, `lora` names an adapter.
 
         Raises ServalError when the request is invalid, EngineStoppedError when the engine has
         stopped; then, and when cancelled, nothing runs. All methods are called on the event loop's

@@ -112,7 +112,7 @@ async def _prepare(
         named = body.tool_choice
         name = named.function.name if isinstance(named, NamedTool) else None
         sampling["json_schema"] = forced_call_schema([tool.model_dump() for tool in tools], name)
-    generation = Generation(state, [prompt], sampling, arrived)
+    generation = Generation(state, [prompt], sampling, arrived, body.model)
     return _Job(body, state, generation, [tool.function.name for tool in tools])
 
 
@@ -202,7 +202,7 @@ def _split(parser: ToolParser | None, piece: Piece) -> tuple[str, list[Call]]:
 
 
 def _envelope(job: _Job, kind: str) -> dict[str, Any]:
-    return {"id": job.id, "object": kind, "created": job.created, "model": job.state.model}
+    return {"id": job.id, "object": kind, "created": job.created, "model": job.generation.model}
 
 
 def _delta(

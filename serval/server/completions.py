@@ -83,7 +83,7 @@ async def _prepare(body: CompletionRequest, state: State, arrived: float) -> _Jo
         sampling["logprobs"] = body.logprobs
         if body.echo:
             sampling["prompt_logprobs"] = body.logprobs
-    generation = Generation(state, prompts, sampling, arrived)
+    generation = Generation(state, prompts, sampling, arrived, body.model)
     return _Job(body, state, generation, texts, f"cmpl-{uuid.uuid4().hex}", int(time.time()))
 
 
@@ -159,7 +159,7 @@ def _envelope(job: _Job) -> dict[str, Any]:
         "id": job.id,
         "object": "text_completion",
         "created": job.created,
-        "model": job.state.model,
+        "model": job.generation.model,
     }
 
 

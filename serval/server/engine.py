@@ -105,10 +105,14 @@ class EngineBackend:
         return self.engine.alive
 
     async def generate(
-        self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: Mapping[str, Any],
+        lora: str | None = None,
     ) -> EngineStream:
         params = SamplingParams(**sampling)
-        stream = await self.engine.submit(token_ids, params, request_id=request_id)
+        stream = await self.engine.submit(token_ids, params, request_id=request_id, lora=lora)
         running = EngineStream(self, stream, params)
         self.live.add(running)
         return running

@@ -31,7 +31,8 @@ T = TypeVar("T")
 class Generation:
     """Runs `prompts` with the same sampling and yields (prompt index, piece) as they come.
 
-    Counts tokens for `usage` and the metrics. Leaving the iteration early, by an exception, by
+    model: the name that the client gave, of the model or of an adapter. Counts tokens for `usage`
+    and the metrics. Leaving the iteration early, by an exception, by
     `aclose` or by cancellation, aborts whatever still runs.
     """
 
@@ -41,7 +42,9 @@ class Generation:
         prompts: list[list[int]],
         sampling: Mapping[str, Any],
         arrived: float,
+        model: str | None = None,
     ) -> None:
+        self.model, self.lora = state.resolve(model)
         self.backend, self.admission = state.backend, state.admission
         self.metrics = state.metrics
         self.prompts, self.sampling, self.arrived = prompts, sampling, arrived
@@ -63,7 +66,9 @@ class Generation:
             try:
                 for i, prompt in enumerate(self.prompts):
                     name = f"{self.request_id}-{i}"
-                    streams.append(await self.backend.generate(name, prompt, self.sampling))
+                    streams.append(
+                        await self.backend.generate(name, prompt, self.sampling, self.lora)
+                    )
                 self.metrics.prompt_tokens.inc(self.prompt_tokens)
                 yield 0, None
                 finished = 0

@@ -40,6 +40,7 @@ class ServeOptions:
         max_body_bytes: larger bodies get 413.
         max_tokens: most tokens of one answer (None: what the context holds).
         chat_template: a Jinja file that replaces the tokenizer's template.
+        lora: "name=directory" of plain PEFT LoRA adapters; clients choose one as their model.
         drain_seconds: time running requests get to finish after SIGTERM.
         engine: further keyword arguments of `serval.LLM`.
     """
@@ -62,6 +63,7 @@ class ServeOptions:
     max_body_bytes: int = 8 * 2**20
     max_tokens: int | None = None
     chat_template: Path | None = None
+    lora: list[str] = field(default_factory=list)
     drain_seconds: float = 30.0
     log_level: str = "info"
     engine: dict[str, Any] = field(default_factory=dict)
@@ -86,10 +88,28 @@ class ServeOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        adapters = self.adapters()
+        for name in self.served_model_name or [default_name(self.model)]:
+            if name in adapters:
+                raise ConfigError(
+                    f"--lora {name}=...: the model itself has that name; choose another"
+                )
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("--api-key must not be empty")
         if self.drain_seconds < 0:
             raise ConfigError(f"--drain-seconds must not be negative, got {self.drain_seconds}")
+
+    def adapters(self) -> dict[str, Path]:
+        """name -> directory of every --lora; raises ConfigError for one that is not NAME=PATH."""
+        found: dict[str, Path] = {}
+        for given in self.lora:
+            name, equals, path = given.partition("=")
+            if not (equals and name.strip() and path.strip()):
+                raise ConfigError(f"--lora {given!r}: expected NAME=DIRECTORY")
+            if name in found:
+                raise ConfigError(f"--lora {name} is given twice")
+            found[name] = Path(path)
+        return found
 
 
 def run(options: ServeOptions) -> int:
@@ -125,6 +145,7 @@ def build_app(options: ServeOptions) -> FastAPI:
     names = options.served_model_name or [default_name(options.model)]
     app_options = AppOptions(
         model_names=tuple(names),
+        adapters=tuple(options.adapters()),
         api_keys=tuple(options.api_key),
         max_in_flight=options.max_in_flight,
         max_body_bytes=options.max_body_bytes,
@@ -154,6 +175,7 @@ def engine_arguments(options: ServeOptions) -> dict[str, Any]:
         import torch
 
         chosen["dtype"] = getattr(torch, options.dtype)
+    chosen["lora"] = options.adapters() or None
     return {name: value for name, value in chosen.items() if value is not None} | options.engine
 
 

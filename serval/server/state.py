@@ -20,6 +20,7 @@ class AppOptions:
 
     Args:
         model_names: names that requests may call the model by; answers use the first.
+        adapters: names of the LoRA adapters, which are models of their own to clients.
         api_keys: any of these opens the API; none leaves it open.
         max_in_flight: sequences (prompts times n) accepted, running or waiting; more get 429.
         max_body_bytes: larger request bodies get 413.
@@ -28,6 +29,7 @@ class AppOptions:
     """
 
     model_names: Sequence[str] = ("serval",)
+    adapters: Sequence[str] = ()
     api_keys: Sequence[str] = ()
     max_in_flight: int = 256
     max_body_bytes: int = 8 * 2**20
@@ -56,15 +58,22 @@ class State:
         return self.backend.max_model_len
 
     def check_model(self, name: str | None) -> None:
-        """Raise APIError 404 unless `name` is this server's model, or left out."""
-        if name is not None and name not in self.options.model_names:
-            known = ", ".join(repr(n) for n in self.options.model_names)
+        """Raise APIError 404 unless `name` is this server's model or an adapter, or left out."""
+        names = [*self.options.model_names, *self.options.adapters]
+        if name is not None and name not in names:
+            known = ", ".join(repr(n) for n in names)
             raise APIError(
                 404,
                 f"the model {name!r} does not exist here; this server has {known}",
                 param="model",
                 code="model_not_found",
             )
+
+    def resolve(self, name: str | None) -> tuple[str, str | None]:
+        """(the name that answers carry, the adapter to use) for the model a request names."""
+        if name is not None and name in self.options.adapters:
+            return name, name
+        return self.model, None
 
     def stats(self) -> dict[str, Any]:
         """The engine's numbers plus what the page shows."""

@@ -51,7 +51,11 @@ class ScriptedBackend:
         self.alive = True
 
     async def generate(
-        self, request_id: str, token_ids: list[int], sampling: Mapping[str, Any]
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: Mapping[str, Any],
+        lora: str | None = None,
     ) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal
