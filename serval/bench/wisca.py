@@ -165,7 +165,7 @@ def divide_rates(optimizer: MixedOptimizer, factors: dict[str, float]) -> None:
 
 
 def collect(setup: Setup) -> list[Case]:
-    """One case per model and arm; 44 runs of about 20 seconds on two quiet cores."""
+    """One case per model and arm; 44 runs."""
     size = QUICK if setup.quick else FULL
     seeds = range(2 if setup.quick else SEEDS)
     texts: list[Text] = []

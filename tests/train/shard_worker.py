@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from serval.models.config import MoEConfig
 from serval.train.distributed import World, whole
-from serval.train.reporting import JsonLog
+from serval.train.reporting import Callback, JsonLog
+from serval.train.wisca import WiscaCallback
 from tests.train.toy import ToyStream, toy_config, toy_trainer
 
 MODELS = {
@@ -20,7 +21,9 @@ MODELS = {
 }
 
 
-def train(root: Path, optimizer: str, model: str, steps: int, world: World) -> None:
+def train(
+    root: Path, optimizer: str, model: str, steps: int, world: World, *methods: Callback
+) -> None:
     """One run; writes log.jsonl, checkpoints, and the whole weights to final.safetensors."""
     trainer = toy_trainer(
         root / "checkpoints",
@@ -29,7 +32,7 @@ def train(root: Path, optimizer: str, model: str, steps: int, world: World) -> N
         config=MODELS[model],
         world=world,
         validation=[ToyStream(32, seed=5).next() for _ in range(3)],
-        callbacks=[JsonLog(root / "log.jsonl")] if world.is_main else [],
+        callbacks=[*methods, *([JsonLog(root / "log.jsonl")] if world.is_main else [])],
     )
     trainer.fit()
     state = {name: whole(tensor) for name, tensor in trainer.decoder.state_dict().items()}
@@ -38,11 +41,16 @@ def train(root: Path, optimizer: str, model: str, steps: int, world: World) -> N
     world.barrier()
 
 
+def rescaling() -> WiscaCallback:
+    return WiscaCallback(every=3, qk="row", mlp="tensor")
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     world = World.join("cpu")
     for optimizer, model in (("adamw", "plain"), ("muon", "mtp"), ("muon", "moe")):
         train(root / f"{optimizer}-{model}", optimizer, model, 8, world)
+    train(root / "adamw-wisca", "adamw", "mtp", 8, world, rescaling())
     train(root / "resumed", "mona", "plain", 3, world)
     if world.is_main:
         shutil.copytree(root / "resumed", root / "alone")

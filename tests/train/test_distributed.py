@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from serval.train.distributed import World
-from tests.train.shard_worker import train
+from tests.train.shard_worker import rescaling, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +54,17 @@ def test_two_processes_follow_the_curve_of_one(
 ) -> None:
     train(tmp_path, optimizer, model, 8, World())
     assert_same_curve(tmp_path, two / f"{optimizer}-{model}")
+
+
+def test_rescaling_sees_the_whole_of_sharded_weights(tmp_path: Path, two: Path) -> None:
+    train(tmp_path, "adamw", "mtp", 8, World(), rescaling())
+    assert_same_curve(tmp_path, two / "adamw-wisca")
+    ours, theirs = log(tmp_path), log(two / "adamw-wisca")
+    found = [line["step"] for line in ours if "wisca_mlp" in line]
+    assert found == [3, 6]
+    for one, other in zip(ours, theirs, strict=True):
+        for key in ("wisca_qk", "wisca_vo", "wisca_mlp"):
+            assert other.get(key) == (pytest.approx(one[key], rel=1e-3) if key in one else None)
 
 
 def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path, two: Path) -> None:
