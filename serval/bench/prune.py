@@ -1,12 +1,12 @@
 """What pruning costs in quality and gains in speed: MaskPrune against one-shot rankings.
 
-serval-tiny keeps 80, 65 and 50 % of its parameters. Every method takes the same number of training
-steps on the same rows, the mix of the model's own recipe, with the same low-rank updates, masks and
-distillation: one-shot rankings recover in all of them, MaskPrune learns its masks in the first
-three quarters and recovers in the rest. The one-shot rankings get the widths that MaskPrune learnt;
-"taylor-even" keeps the same share of heads and of channels instead, which shows what the learnt
-split is worth. Quality is measured with `quality.Yardstick` on held-out text and questions of half
-the context.
+serval-tiny keeps 80, 65 and 50 % of its parameters. Every method has the same recovery budget after
+its units are gone: as many steps on rows of the model's own recipe, with the same low-rank updates,
+masks and distillation. MaskPrune trains before that too, while it learns its masks; "taylor-long"
+is Taylor's ranking that recovers for as many steps as MaskPrune trains in all, the fair peer at
+equal compute. The one-shot rankings get the widths that MaskPrune learnt; "taylor-even" keeps the
+same share of heads and of channels instead, which shows what the learnt split is worth. Quality is
+measured with `quality.Yardstick` on held-out text and questions of half the context.
 
 tokens/s of the narrower models and the whole one are measured in turn; the ratio is of decoding.
 Every finished run is kept (`SERVAL_BENCH_DIR`), so an interrupted benchmark continues with the
@@ -39,18 +39,21 @@ from serval.models import checkpoint
 from serval.models.decoder import Decoder
 from serval.train.stream import Row
 
-EVEN = "taylor-even"
-ONE_SHOT = ("taylor", "wanda", "magnitude", "uniform", "random")
+EVEN, LONG = "taylor-even", "taylor-long"
+ONE_SHOT = ("taylor", LONG, "wanda", "magnitude", "uniform", "random")
 METHODS = ("maskprune", *ONE_SHOT, EVEN)
+PHASES = {"warmup": 0.1, "ramp": 0.3, "kill": 0.2}
+RECOVERY = 1 - sum(PHASES.values())  # share of MaskPrune's steps
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the experiment. keeps: shares of the parameters; length: tokens of a row; prompt, output:
-    tokens of the speed measurement, repeated `repeats` times."""
+    """Of the experiment. keeps: shares of the parameters; steps: of MaskPrune, recovery included;
+    length: tokens of a row; prompt, output: tokens of the speed measurement, repeated `repeats`
+    times."""
 
     keeps: tuple[float, ...] = (0.8, 0.65, 0.5)
-    steps: int = 100
+    steps: int = 125
     batch_rows: int = 2
     length: int = 1024
     calibration_rows: int = 16
@@ -99,14 +102,16 @@ class Bench:
     def pruning(self, method: str, keep: float, widths: dict[str, int] | None) -> Pruning:
         """What `serval prune` would be asked; widths: those of heads and channels, not `keep`."""
         given = widths or {}
+        whole, learns = self.size.steps, method == "maskprune"
         return Pruning(
-            method="taylor" if method == EVEN else method,
+            method=method.partition("-")[0],
             keep=None if widths else keep,
             key_value_heads=given.get("heads"),
             intermediate_size=given.get("channels"),
-            steps=self.size.steps,
+            steps=whole if learns or method == LONG else round(RECOVERY * whole),
             batch_rows=self.size.batch_rows,
             calibration_rows=self.size.calibration_rows,
+            settings=dict(PHASES) if learns else {},
         )
 
     def result(self, method: str, keep: float, widths: dict[str, int] | None) -> dict[str, Any]:
@@ -121,7 +126,7 @@ class Bench:
             self.load(), pruning, _Rows(self.rows), note=lambda line: None
         )
         found = {**_quality(self.yardstick.measure(pruned)), **report.to_dict()}
-        found["seconds"] = time.perf_counter() - begin
+        found["seconds"], found["steps"] = time.perf_counter() - begin, pruning.steps
         _write(path, found)
         return found
 
@@ -218,6 +223,7 @@ def _case(bench: Bench, method: str, keep: float, learnt: dict[str, int]) -> Cas
     whole = bench.whole()["perplexity"]
     metrics = {
         "method": method,
+        "steps": found["steps"],
         "parameters": found["parameters_after"],
         "parameters_kept": found["parameters_after"] / found["parameters_before"],
         "key_value_heads": found["widths"]["heads"],

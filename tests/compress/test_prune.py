@@ -235,6 +235,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(model: Path, tmp_path: Pat
         ({"steps": 2}, "2 steps are too few to learn masks"),
         ({"steps": -1}, "steps is -1; expected at least 0"),
         ({"multiple": 0}, "multiple is 0"),
+        ({"micro_batch_rows": 0}, "micro_batch_rows is 0; expected at least 1"),
+        ({"context": 0}, "context is 0; expected at least 1"),
         ({"lora_lr": float("nan")}, "lora_lr is nan"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"settings": {"speed": 1}}, "method 'maskprune' has no setting 'speed'; it has: warmup"),

@@ -78,10 +78,13 @@ class Pruning:
 
     def check(self) -> Pruner:
         """The pruner. Raises ConfigError for what can be told to be wrong without the model."""
-        least = {"steps": 0, "batch_rows": 1, "calibration_rows": 1, "lora_rank": 0, "multiple": 1}
-        for name, bound in {**least, "lora_lr": 0, "distillation": 0}.items():
-            if not bound <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {bound}")
+        least = dict.fromkeys(("steps", "lora_rank", "lora_lr", "distillation"), 0)
+        rows = ("batch_rows", "micro_batch_rows", "calibration_rows")
+        least |= dict.fromkeys((*rows, "multiple", "context"), 1)
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value < math.inf:
+                raise ConfigError(f"{name} is {value}; expected at least {bound}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype is {self.dtype!r}; expected auto, float32 or bfloat16")
         given = self.key_value_heads is not None or self.intermediate_size is not None
