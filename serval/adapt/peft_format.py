@@ -159,6 +159,7 @@ def save_adapter(
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(_config_of(decoder, found, base_model), indent=2, sort_keys=True)
         (staging / CONFIG).write_text(text + "\n")
+        (staging / WEIGHTS).chmod((staging / CONFIG).stat().st_mode)  # safetensors leaves 0600
         target.mkdir(parents=True, exist_ok=True)
         for name in (WEIGHTS, CONFIG):
             (staging / name).replace(target / name)
@@ -185,9 +186,9 @@ def _config_of(
         "base_model_name_or_path": base_model or None,
         "inference_mode": True,
         "r": options.rank,
-        "lora_alpha": options.alpha,
+        "lora_alpha": _number(options.alpha),
         "rank_pattern": _pattern(decoder, found, lambda o: o.rank),
-        "alpha_pattern": _pattern(decoder, found, lambda o: o.alpha),
+        "alpha_pattern": _pattern(decoder, found, lambda o: _number(o.alpha)),
         "lora_dropout": options.dropout,
         "use_rslora": options.rslora,
         "target_modules": targets,
@@ -197,6 +198,11 @@ def _config_of(
         "modules_to_save": None,
         "use_dora": False,
     }
+
+
+def _number(value: float) -> float:
+    """A whole number as an int: other readers insist on one."""
+    return int(value) if value == int(value) else value
 
 
 def _pattern(

@@ -199,7 +199,9 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path) -> None:
 
 def test_experts_are_named_out_of_the_targets(tmp_path: Path) -> None:
     save_adapter(adapted("moe-mla"), tmp_path / "a")
-    targets = json.loads((tmp_path / "a" / CONFIG).read_text())["target_modules"]
+    written = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert isinstance(written["lora_alpha"], int)
+    targets = written["target_modules"]
     assert "model.layers.0.mlp.shared_experts.gate_proj" in targets
     decoder = toy_decoder("moe-mla")
     load_adapter(decoder, tmp_path / "a")
