@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from serval.models.layers import Linear
+
 _M_TRIM_THRESHOLD = -1  # mallopt's names in malloc.h
 _M_MMAP_MAX = -4
 
@@ -85,13 +87,16 @@ class OneDnnLinear(nn.Linear):
 @contextmanager
 def fast_linears(model: nn.Module) -> Iterator[None]:
     """While entered, plain linears of a CPU `model` run in oneDNN where that is faster."""
-    swapped = []
+    swapped: list[tuple[nn.Linear, type[nn.Linear]]] = []
     if onednn_is_faster():
-        swapped = [m for m in model.modules() if type(m) is nn.Linear and m.weight.is_cpu]
-    for module in swapped:
+        for module in model.modules():
+            if type(module) in (nn.Linear, Linear) and module.weight.is_cpu:
+                assert isinstance(module, nn.Linear)
+                swapped.append((module, type(module)))
+    for module, _ in swapped:
         module.__class__ = OneDnnLinear
     try:
         yield
     finally:
-        for module in swapped:
-            module.__class__ = nn.Linear
+        for module, kind in swapped:
+            module.__class__ = kind
