@@ -38,6 +38,7 @@ Prompts = str | list[str] | list[int] | list[list[int]]
 Loras = str | Sequence[str | None] | None
 _DEFAULT_SEQUENCES = 16  # full-length sequences that the default cache budget holds
 _DEFAULT_MEMORY = 0.25  # and at most this share of the free memory
+_CPU_ROWS, _GPU_ROWS = 512, 2048  # of a step
 
 
 class LLM:
@@ -53,7 +54,9 @@ class LLM:
         cache_bytes: storage for keys and values; by default room for 16 full sequences, at most a
             quarter of the free memory.
         block_size: tokens per cache block.
-        max_batch_tokens: rows of one step; long prompts are cut into chunks of this size.
+        max_batch_tokens: rows of one step; long prompts are cut into chunks of this size. By
+            default 512 on CPUs, whose caches hold the activations of so many rows, else 2048, and
+            at least `max_sequences`.
         max_sequences: sequences that run at once.
         dtype: by default float32 on CPUs, bfloat16 on GPUs.
         seed: for requests that bring no seed of their own.
@@ -73,7 +76,7 @@ class LLM:
         max_model_len: int | None = None,
         cache_bytes: int | None = None,
         block_size: int = 32,
-        max_batch_tokens: int = 2048,
+        max_batch_tokens: int | None = None,
         max_sequences: int = 64,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -123,12 +126,13 @@ class LLM:
             device=weight.device,
             prefix_caching=prefix_caching,
         )
+        rows = _CPU_ROWS if weight.device.type == "cpu" else _GPU_ROWS
         self.engine = Engine(
             self.decoder,
             self.tokenizer,
             self.memory,
             max_model_len=self.max_model_len,
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=max_batch_tokens or max(rows, max_sequences),
             max_sequences=max_sequences,
             eos_token_ids=_eos_token_ids(decoder, self.tokenizer, directory),
             device=weight.device,
@@ -257,18 +261,21 @@ class LLM:
 
 
 def _check_limits(
-    block_size: int, max_batch_tokens: int, max_sequences: int, max_model_len: int | None
+    block_size: int,
+    max_batch_tokens: int | None,
+    max_sequences: int,
+    max_model_len: int | None,
 ) -> None:
     values = {
         "block_size": block_size,
-        "max_batch_tokens": max_batch_tokens,
+        "max_batch_tokens": 1 if max_batch_tokens is None else max_batch_tokens,
         "max_sequences": max_sequences,
         "max_model_len": 1 if max_model_len is None else max_model_len,
     }
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-    if max_batch_tokens < max_sequences:
+    if max_batch_tokens is not None and max_batch_tokens < max_sequences:
         raise ConfigError(
             f"max_batch_tokens ({max_batch_tokens}) must be at least max_sequences "
             f"({max_sequences}), so that every running sequence advances in each step"
