@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +94,7 @@ class Work:
 
 
 @dataclass
-class Steps:
+class Steps(ABC):
     """An optimizer over a decoder's parameters, in a worker. `step` is what is timed."""
 
     work: Work
@@ -103,11 +104,13 @@ class Steps:
         keep_freed_memory()
         self.decoder = self.work.decoder()
 
+    @abstractmethod
     def step(self) -> None:
-        raise NotImplementedError
+        """One step of the optimizer."""
 
+    @abstractmethod
     def states(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """The state of each parameter."""
 
     def measure(self, count: int) -> tuple[float, float]:
         """Least wall seconds of one of `count` steps, mean processor seconds."""
