@@ -10,6 +10,7 @@ from serval.kernels.gated import swiglu
 from serval.kernels.grouped_linear import grouped_linear
 from serval.kernels.latent_attention import paged_latent_attention
 from serval.kernels.norm import add_rms_norm, rms_norm
+from serval.kernels.received_mass import received_mass
 from serval.kernels.rope import rotary
 from serval.kernels.w4a8 import (
     PackedWeight,
@@ -37,6 +38,7 @@ __all__ = [
     "quantized_grouped_linear",
     "quantized_linear",
     "quantized_linear_multi",
+    "received_mass",
     "rms_norm",
     "rotary",
     "stack_weights",
