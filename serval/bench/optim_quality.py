@@ -1,10 +1,11 @@
 """What an optimizer is worth: AdamW, Muon, MONA and MONA-Lite train small language models.
 
 A dense model and a mixture of experts on the text of the Python standard library. Each optimizer
-takes the best of three learning rates (first seed), then trains with two more seeds, which change
-weights and the order of the data. Reported per optimizer: final validation loss, mean and spread
-over seeds; the share of AdamW's tokens after which it is first at AdamW's mean final loss;
-the largest eigenvalue of the loss's Hessian at the end, by power iteration.
+takes the best of three learning rates (first seed; more where the best is at the edge), then trains
+with two more seeds, which change weights and the order of the data. Reported per optimizer: final
+validation loss, mean and spread over seeds; the share of AdamW's tokens after which it is first at
+AdamW's mean final loss; the largest eigenvalue of the loss's Hessian at the end, by power
+iteration.
 
 Every finished run is kept (`SERVAL_BENCH_DIR`), so an interrupted benchmark continues with the
 next. MONA's beta is 0.95 and not its default: a horizon of 20 steps in a run of 250.
@@ -13,11 +14,8 @@ next. MONA's beta is 0.95 and not its default: a horizon of 20 steps in a run of
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,16 @@ from torch import Tensor
 
 from serval.bench.harness import Case, Setup
 from serval.bench.shapes import cache_directory
+from serval.bench.training_runs import (
+    Curve,
+    Once,
+    Shuffled,
+    Text,
+    best_rate,
+    kept_path,
+    of_seeds,
+    trained,
+)
 from serval.data.options import DataOptions, build
 from serval.models.config import ModelConfig, MoEConfig
 from serval.models.decoder import Decoder
@@ -38,14 +46,13 @@ from serval.optim.schedules import WarmupStableDecay
 from serval.registry import resolve
 from serval.train.cpu import fast_linears
 from serval.train.loop import Settings, Trainer, best_dtype
-from serval.train.reporting import Callback, Metrics
 from serval.train.stream import Row, Targets, next_token_targets
 
 OPTIMIZERS = ("adamw", "muon", "mona", "mona-lite")
 SEEDS = 3
 MONA_BETA = 0.95
 # AdamW's range lies lower; the others scale their updates to AdamW's size.
-RATES = {"adamw": (2e-3, 4e-3, 8e-3)}
+RATES = {"adamw": (1e-3, 2e-3, 4e-3)}
 MATRIX_RATES = (4e-3, 8e-3, 1.6e-2)
 
 
@@ -95,90 +102,29 @@ class Run:
 
     def path(self) -> Path:
         facts = dataclasses.asdict(self) | {"mona_beta": MONA_BETA}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        name = f"{self.model}-{self.optimizer}-{digest}.json"
-        return cache_directory() / "optim-quality" / name
+        return kept_path("optim-quality", f"{self.model}-{self.optimizer}", facts)
 
     def result(self, text: Callable[[], Text], note: Callable[[str], None]) -> dict[str, Any]:
         """The kept result, or that of training now."""
         title = f"{self.model} {self.optimizer} lr {self.lr:g} seed {self.seed}"
-        return kept(self.path(), lambda: train(self, text()), title, note)
+        return trained(self.path(), lambda: train(self, text()), title, note)
 
 
-def kept(
-    path: Path,
-    compute: Callable[[], dict[str, Any]],
-    title: str,
-    note: Callable[[str], None],
-) -> dict[str, Any]:
-    """What an earlier call kept at `path`, or what `compute` returns, kept with its `seconds`; a
-    new result, with its "curve" of losses, is told as `title`."""
-    if path.exists():
-        earlier: dict[str, Any] = json.loads(path.read_text())
-        return earlier
-    begin = time.perf_counter()
-    found = compute()
-    found["seconds"] = time.perf_counter() - begin
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(found))
-    temporary.replace(path)
-    note(f"  {title}: {found['curve'][-1][1]:.4f} nats in {found['seconds']:.0f} s")
-    return found
-
-
-@dataclass
-class Text:
-    """Rows that all runs share: training rows for one pass, validation rows."""
-
-    training: list[Row]
-    validation: list[Row]
-
-    @classmethod
-    def make(cls, size: Size) -> Text:
-        options = DataOptions.model_validate(
-            {
-                "row_tokens": size.row_tokens,
-                "tokenizer": {"vocab_size": size.vocabulary},
-                "cache": str(cache_directory() / "optim-quality" / "text"),
-            }
-        )
-        data = build(options, 0)
-        count = size.steps * size.batch_rows
-        return cls(
-            [data.train.next() for _ in range(count)],
-            [data.validation.next() for _ in range(size.validation_rows)],
-        )
-
-
-class Shuffled:
-    """The training rows in an order of their own for each seed."""
-
-    def __init__(self, rows: Sequence[Row], seed: int) -> None:
-        self.rows = rows
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        self.order: list[int] = order.tolist()
-        self.at = 0
-
-    def next(self) -> Row:
-        self.at += 1
-        return self.rows[self.order[(self.at - 1) % len(self.order)]]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.at = state["at"]
-
-
-class Curve(Callback):
-    """Validation losses: [step, loss]."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, float]] = []
-
-    def on_validation_end(self, step: int, model: torch.nn.Module, metrics: Metrics) -> None:
-        self.points.append((step, metrics["validation_loss"]))
+def make_text(size: Size) -> Text:
+    """Rows of the standard library's sources."""
+    options = DataOptions.model_validate(
+        {
+            "row_tokens": size.row_tokens,
+            "tokenizer": {"vocab_size": size.vocabulary},
+            "cache": str(cache_directory() / "optim-quality" / "text"),
+        }
+    )
+    data = build(options, 0)
+    count = size.steps * size.batch_rows
+    return Text(
+        [data.train.next() for _ in range(count)],
+        [data.validation.next() for _ in range(size.validation_rows)],
+    )
 
 
 def train(run: Run, text: Text) -> dict[str, Any]:
@@ -278,15 +224,9 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def collect(setup: Setup) -> list[Case]:
-    """One case per model and optimizer; 40 runs of half a minute to a minute on two cores."""
+    """One case per model and optimizer; at least 40 runs of half a minute to a minute each."""
     size = QUICK if setup.quick else Size()
-    texts: list[Text] = []
-
-    def text() -> Text:
-        if not texts:
-            texts.append(Text.make(size))
-        return texts[0]
-
+    text = Once(lambda: make_text(size))
     cases: list[Case] = []
     for model in size.models():
         names = [f"{name}-{model}" for name in OPTIMIZERS]
@@ -295,7 +235,7 @@ def collect(setup: Setup) -> list[Case]:
             continue
         setup.note(model)
         final: dict[str, list[dict[str, Any]]] = {}
-        rates: dict[str, float] = {}
+        rates: dict[str, dict[str, Any]] = {}
         for optimizer in OPTIMIZERS:
             # AdamW's loss is what the others are compared with
             if optimizer == "adamw" or f"{optimizer}-{model}" in wanted:
@@ -303,36 +243,31 @@ def collect(setup: Setup) -> list[Case]:
         target = statistics.mean(run["curve"][-1][1] for run in final["adamw"])
         for optimizer, runs in final.items():
             if f"{optimizer}-{model}" in wanted:
-                grid = RATES.get(optimizer, MATRIX_RATES)
-                edge = rates[optimizer] in (grid[0], grid[-1])  # a wider range may do better
-                metrics = {"lr": rates[optimizer], "lr_at_edge": edge} | summary(runs, target)
+                metrics = rates[optimizer] | summary(runs, target)
                 cases.append(Case(f"{optimizer}-{model}", None, metrics=metrics))
     return cases
 
 
 def _best(
     setup: Setup, size: Size, model: str, optimizer: str, text: Callable[[], Text]
-) -> tuple[float, list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The best learning rate with the first seed, and the runs of all seeds with it."""
     rates = RATES.get(optimizer, MATRIX_RATES)
-    seeds = 1 if setup.quick else SEEDS
 
     def run(lr: float, seed: int) -> dict[str, Any]:
         return Run(size, model, optimizer, lr, seed).result(text, setup.note)
 
-    first = {lr: run(lr, 0) for lr in rates[: 1 if setup.quick else 3]}
-    best = min(first, key=lambda lr: first[lr]["curve"][-1][1])
-    return best, [first[best], *(run(best, seed) for seed in range(1, seeds))]
+    quick = setup.quick
+    best, edge = best_rate(rates[:1] if quick else rates, lambda lr: run(lr, 0)["curve"][-1][1])
+    runs = [run(best, seed) for seed in range(1 if quick else SEEDS)]
+    return {"lr": best, "lr_at_edge": edge}, runs
 
 
 def summary(runs: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
     """Metrics of one optimizer's runs. target: AdamW's mean final loss."""
     losses = [run["curve"][-1][1] for run in runs]
     reached = [first_below(run["curve"], target) for run in runs]
-    metrics: dict[str, Any] = {
-        "validation_loss": statistics.mean(losses),
-        "spread": max(losses) - min(losses),
-        "seeds": len(runs),
+    metrics = of_seeds(losses) | {
         "eigenvalue": statistics.mean(run["eigenvalue"] for run in runs),
         "seconds_per_run": statistics.mean(run["seconds"] for run in runs),
     }

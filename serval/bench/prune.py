@@ -15,9 +15,6 @@ next.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -30,6 +27,7 @@ import serval
 from serval.bench.harness import Case, Setup
 from serval.bench.quality import Effort, Quality, Yardstick
 from serval.bench.shapes import cache_directory
+from serval.bench.training_runs import Shuffled, kept, kept_path
 from serval.compress.maskprune import Pruning, prune_decoder
 from serval.compress.maskprune.rows import RECIPE, RowStream, make_stream
 from serval.engine.llm import LLM
@@ -117,26 +115,20 @@ class Bench:
     def result(self, method: str, keep: float, widths: dict[str, int] | None) -> dict[str, Any]:
         """The kept result of a run, or that of pruning and measuring now."""
         pruning = self.pruning(method, keep, widths)
-        path = self._path(method, asdict(pruning))
-        if path.exists():
-            kept: dict[str, Any] = json.loads(path.read_text())
-            return kept
-        begin = time.perf_counter()
-        pruned, report = prune_decoder(
-            self.load(), pruning, _Rows(self.rows), note=lambda line: None
-        )
-        found = {**_quality(self.yardstick.measure(pruned)), **report.to_dict()}
-        found["seconds"], found["steps"] = time.perf_counter() - begin, pruning.steps
-        _write(path, found)
-        return found
+
+        def run() -> dict[str, Any]:
+            stream = Shuffled(self.rows, None)
+            pruned, report = prune_decoder(self.load(), pruning, stream, note=lambda line: None)
+            quality = _quality(self.yardstick.measure(pruned))
+            return {**quality, **report.to_dict(), "steps": pruning.steps}
+
+        return kept(self._path(method, asdict(pruning)), run)
 
     def whole(self) -> dict[str, Any]:
         """The measures of the unpruned model."""
         path = self._path("whole", {})
-        if not path.exists():
-            _write(path, _quality(self.yardstick.measure(self.yardstick.decoder)))
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        found = kept(path, lambda: _quality(self.yardstick.measure(self.yardstick.decoder)))
+        return {field.name: found[field.name] for field in fields(Quality)}
 
     def sliced(self, widths: dict[str, int]) -> Decoder:
         """The model at these widths, without recovery: its speed does not depend on which units
@@ -155,36 +147,11 @@ class Bench:
         weights = (self.source / "model.safetensors").stat()
         facts = [pruning, asdict(self.size), asdict(self.effort), weights.st_size]
         facts += [serval.__version__, torch.get_num_threads()]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / f"{name}-{digest}.json"
-
-
-class _Rows:
-    """A fixed list of rows as a stream."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows, self.at = rows, 0
-
-    def next(self) -> Row:
-        self.at += 1
-        return self.rows[(self.at - 1) % len(self.rows)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.at = state["at"]
+        return kept_path("prune", name, facts)
 
 
 def _quality(quality: Quality) -> dict[str, Any]:
     return {field.name: getattr(quality, field.name) for field in fields(Quality)}
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(values))
-    temporary.replace(path)
 
 
 def collect(setup: Setup) -> list[Case]:

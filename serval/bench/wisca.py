@@ -11,8 +11,8 @@ eight (multi-head). Arms, which share weights at the start and the order of the 
   it gains is a matter of learning rates.
 
 AdamW without weight decay and without clipping, both of which would see the rescaling. The learning
-rate is the best of three for the arm `none` of the first seed. Reported: final validation loss over
-five seeds, and the difference to `none` seed by seed.
+rate is the best of three (more where the best is at the edge) for the arm `none` of the first seed.
+Reported: final validation loss over five seeds, and the difference to `none` seed by seed.
 
 Every finished run is kept (`SERVAL_BENCH_DIR`), so an interrupted benchmark continues with the
 next.
@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,18 @@ import torch
 from torch import nn
 
 from serval.bench.harness import Case, Setup
-from serval.bench.optim_quality import Curve, Shuffled, Size, Text, kept
-from serval.bench.shapes import cache_directory
+from serval.bench.optim_quality import Size, make_text
+from serval.bench.training_runs import (
+    Curve,
+    Once,
+    Shuffled,
+    Text,
+    best_rate,
+    kept_path,
+    of_seeds,
+    paired,
+    trained,
+)
 from serval.models.config import ModelConfig
 from serval.models.decoder import Decoder
 from serval.models.initialize import INITIALIZERS
@@ -86,13 +94,12 @@ class Run:
 
     def path(self) -> Path:
         facts = dataclasses.asdict(self) | {"every": EVERY}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        return cache_directory() / "wisca" / f"{self.model}-{self.arm}-{digest}.json"
+        return kept_path("wisca", f"{self.model}-{self.arm}", facts)
 
     def loss(self, text: Callable[[], Text], note: Callable[[str], None]) -> tuple[float, float]:
         """Final validation loss and seconds, from the kept result or from training now."""
         title = f"{self.model} {self.arm} lr {self.lr:g} seed {self.seed}"
-        found = kept(self.path(), lambda: train(self, text()), title, note)
+        found = trained(self.path(), lambda: train(self, text()), title, note)
         return found["curve"][-1][1], found["seconds"]
 
 
@@ -165,15 +172,10 @@ def divide_rates(optimizer: MixedOptimizer, factors: dict[str, float]) -> None:
 
 
 def collect(setup: Setup) -> list[Case]:
-    """One case per model and arm; 44 runs."""
+    """One case per model and arm; at least 44 runs."""
     size = QUICK if setup.quick else FULL
     seeds = range(2 if setup.quick else SEEDS)
-    texts: list[Text] = []
-
-    def text() -> Text:
-        if not texts:
-            texts.append(Text.make(size))
-        return texts[0]
+    text = Once(lambda: make_text(size))
 
     def run(name: str, arm: str, lr: float, seed: int) -> tuple[float, float]:
         return Run(size, name, arm, lr, seed).loss(text, setup.note)
@@ -184,32 +186,19 @@ def collect(setup: Setup) -> list[Case]:
         if not wanted:
             continue
         rates = RATES[:1] if setup.quick else RATES
-        best = min(rates, key=lambda lr: run(name, "none", lr, 0)[0])
-        facts = {"lr": best, "lr_at_edge": len(rates) > 1 and best in (rates[0], rates[-1])}
+
+        def plainly(lr: float, name: str = name) -> float:
+            return run(name, "none", lr, 0)[0]
+
+        best, edge = best_rate(rates, plainly)
+        facts = {"lr": best, "lr_at_edge": edge}
         plain = [run(name, "none", best, seed)[0] for seed in seeds]
         for arm in wanted:
             results = [run(name, arm, best, seed) for seed in seeds]
             losses = [loss for loss, _ in results]
-            metrics = facts | summary(losses, None if arm == "none" else plain)
+            metrics = facts | of_seeds(losses)
+            if arm != "none":
+                metrics |= paired(losses, plain, "none")
             metrics["seconds_per_run"] = statistics.mean(seconds for _, seconds in results)
             cases.append(Case(f"{arm}-{name}", None, metrics=metrics))
     return cases
-
-
-def summary(losses: Sequence[float], plain: Sequence[float] | None) -> dict[str, Any]:
-    """Metrics of one arm. plain: losses of the arm `none`, seed by seed."""
-    metrics: dict[str, Any] = {
-        "validation_loss": statistics.mean(losses),
-        "spread": max(losses) - min(losses),
-        "seeds": len(losses),
-    }
-    if plain is not None:
-        gaps = [loss - base for loss, base in zip(losses, plain, strict=True)]
-        metrics |= {
-            "against_none": statistics.mean(gaps),
-            "against_none_min": min(gaps),
-            "against_none_max": max(gaps),
-            "against_none_error": statistics.stdev(gaps) / len(gaps) ** 0.5,
-            "better": f"{sum(gap < 0 for gap in gaps)}/{len(gaps)}",
-        }
-    return metrics

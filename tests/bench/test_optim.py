@@ -91,7 +91,7 @@ def test_quality_runs_and_is_not_repeated(
         made.append(1)
         return optim_quality.Text(rows[:20], rows[20:])  # type: ignore[arg-type]
 
-    monkeypatch.setattr(optim_quality.Text, "make", make)
+    monkeypatch.setattr(optim_quality, "make_text", make)
     first = optim_quality.collect(quiet)
     assert [case.case for case in first] == [
         f"{name}-{model}" for model in ("dense", "moe") for name in optim_quality.OPTIMIZERS
