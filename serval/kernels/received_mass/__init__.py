@@ -102,8 +102,8 @@ def received_mass(
     """
     if q.dim() != 3 or k.dim() != 3 or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"received_mass got q {tuple(q.shape)} and k {tuple(k.shape)}; it expects [n, H, D] and "
-            "[m, Hkv, D] with H divisible by Hkv"
+            f"received_mass got q {tuple(q.shape)} and k {tuple(k.shape)}; it expects [n, H, D] "
+            "and [m, Hkv, D] with H divisible by Hkv"
         )
     if first < 0 or first + q.shape[0] > k.shape[0]:
         raise ValueError(
