@@ -6,8 +6,8 @@ another way out.
 
 Symbols: z [..., n, m] are scaled logits, -inf where masked; v [..., m, d];
 lse_i = log sum_j e^z_ij; o = softmax(z) v. Functions of z alone return the weights A [..., n, m]; a
-row without a visible key is 0, never NaN. Neutral settings, with which a variant is softmax attention: sink logit b = -inf,
-clipped softmax gamma = 0 and zeta = 1, elastic tau = 0, gates 1.
+row without a visible key is 0, never NaN. Neutral settings, with which a variant is softmax
+attention: sink logit b = -inf, clipped softmax gamma = 0 and zeta = 1, elastic tau = 0, gates 1.
 
 Identities: softmax1(z) = sink_logit(z, 0) = kv_bias with k' = 0 and v' = 0;
 sink_logit(z, b) v = o sigmoid(lse - b); kv_bias = g o + (1 - g) v' with
