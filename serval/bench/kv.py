@@ -114,7 +114,7 @@ def _measure(
 
 
 def _case(
-    name: str, ours: Outcome, peer: Outcome, per_token: int, tokens: int, bandwidth: float | None
+    name: str, ours: Outcome, peer: Outcome, per_token: float, tokens: int, bandwidth: float | None
 ) -> Case:
     metrics: dict[str, float] = {"bytes_per_token": per_token}
     floor = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from serval.bench.peers import Stopwatch, random_tokens
 from serval.bench.shapes import SHAPES, fill_parameters, fill_tensor, random_block
-from serval.cache.memory import cache_bytes_per_token
+from serval.cache.memory import cache_budget
 from serval.compress.compressed_tensors import quantization_config_of
 from serval.compress.install import install
 from serval.compress.scheme import QuantizedWeight, WeightScheme
@@ -56,13 +56,19 @@ class ServalEngine:
     def _open(self, batch: int, length: int) -> LLM:
         self.llm = None  # frees the earlier cache first
         specs = self.decoder.attention_layers
-        per_token = cache_bytes_per_token(specs, self.kv, torch.float32)
         blocks = batch * (length // BLOCK + 1) + 1
         self.llm = LLM(
             self.decoder,
             kv=self.kv,
             max_model_len=length,
-            cache_bytes=blocks * BLOCK * per_token,
+            cache_bytes=cache_budget(
+                specs,
+                self.kv,
+                torch.float32,
+                blocks=blocks,
+                block_size=BLOCK,
+                sequences=batch,
+            ),
             block_size=BLOCK,
             max_sequences=batch,
             prefix_caching=False,
@@ -114,7 +120,7 @@ class ServalEngine:
         """Bytes of all parameters and buffers, each counted once."""
         return weight_bytes(self.decoder)
 
-    def cache_bytes_per_token(self) -> int:
+    def cache_bytes_per_token(self) -> float:
         """Bytes of keys and values per token, all layers."""
         assert self.llm is not None
         return self.llm.memory.block_bytes // BLOCK

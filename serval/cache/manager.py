@@ -4,6 +4,10 @@ Layers that store their keys the same way share one table (a *group*). A sequenc
 group, so layers may differ in layout. The manager moves ids; a group's `copy_block` moves the data
 when a shared block must be written to (copy-on-write).
 
+A group may hold fewer entries of a sequence than the sequence has tokens: `evicted` counts those
+that a policy dropped. Of the entries, the first `in_blocks(entries)` lie in the table's blocks, the
+rest in the sequence's state (see `serval.cache.layouts.base`).
+
 Life of a sequence: `create` -> `match_prefix` (optional) -> `append` before each step ->
 `commit` after it -> `truncate` (speculation) / `fork` (several samples) -> `free`.
 """
@@ -19,14 +23,26 @@ import numpy as np
 from serval.cache.pool import BlockPool, chain_key
 from serval.errors import CacheError
 
+_NO_STATE = "all sequence states are in use: free a sequence, or raise max_sequences"
+
 
 @dataclass(eq=False)
 class Group:
     """Layers that share one block table: the pool its ids come from, and how to copy one block's
-    data."""
+    data.
+
+    in_blocks: entries of a sequence that lie in blocks, as a function of how many it has; `delayed`
+    says that it is not the identity. states: ids of per-sequence states (None: there are none).
+    restore: `Layout.truncate`.
+    """
 
     pool: BlockPool
     copy_block: Callable[[int, int], None]  # (source, destination)
+    in_blocks: Callable[[int], int] = lambda entries: entries
+    delayed: bool = False
+    states: BlockPool | None = None
+    copy_state: Callable[[int, int], None] | None = None  # (source, destination)
+    restore: Callable[[np.ndarray, int, int, int], None] | None = None
 
 
 class BlockTable:
@@ -73,10 +89,13 @@ class SequenceCache:
     """One sequence's tables, one per group, and how many of its tokens they hold.
 
     root: what its keys start from. Sequences share blocks only under the same root: equal tokens
-    have equal keys and values only in the same model (an adapter is another one).
+    have equal keys and values only in the same model (an adapter is another one). states: per group
+    the id of the sequence's state, -1 while it has none. evicted: per group, tokens dropped.
     """
 
     tables: list[BlockTable]
+    states: list[int]
+    evicted: list[int]
     num_tokens: int = 0
     keys: list[bytes] = field(
         default_factory=list
@@ -107,6 +126,9 @@ class CacheManager:
         self._live: dict[int, SequenceCache] = {}
         self._pools = list({id(group.pool): group.pool for group in groups}.values())
         self._groups_of_pool = [sum(g.pool is pool for g in groups) for pool in self._pools]
+        self._pool_of = [
+            next(i for i, pool in enumerate(self._pools) if pool is group.pool) for group in groups
+        ]
 
     @property
     def total_blocks(self) -> int:
@@ -129,26 +151,53 @@ class CacheManager:
         most 15 bytes, so that no key can be taken for one)."""
         if len(root) > 15:
             raise CacheError(f"the root of a sequence's keys has {len(root)} bytes, at most 15 fit")
-        cache = SequenceCache([BlockTable() for _ in self.groups], root=root)
+        groups = len(self.groups)
+        cache = SequenceCache(
+            [BlockTable() for _ in self.groups], [-1] * groups, [0] * groups, root=root
+        )
         self._live[id(cache)] = cache
         return cache
 
-    def blocks_needed(self, cache: SequenceCache, count: int) -> int:
-        """Blocks per group that appending `count` tokens takes from the pools, copies included."""
-        last = -(-cache.num_tokens // self.block_size)
-        needed = -(-(cache.num_tokens + count) // self.block_size) - last
-        if count and self._last_is_shared(cache):
-            needed += 1
+    def entries(self, cache: SequenceCache, group: int) -> int:
+        """Tokens of a sequence that a group still holds."""
+        return cache.num_tokens - cache.evicted[group]
+
+    def blocks_needed(self, cache: SequenceCache, count: int) -> list[int]:
+        """Blocks that appending `count` tokens takes from each pool, copies included."""
+        needed = [0] * len(self._pools)
+        for index, (group, pool) in enumerate(zip(self.groups, self._pool_of, strict=True)):
+            entries = cache.num_tokens - cache.evicted[index]
+            before, after = group.in_blocks(entries), group.in_blocks(entries + count)
+            size = self.block_size
+            needed[pool] += -(-after // size) - -(-before // size)
+            if after > before and self._last_is_shared(cache, index, before):
+                needed[pool] += 1
         return needed
 
     def can_append(self, cache: SequenceCache, count: int, reserve: int = 0) -> bool:
         """Whether `append(cache, count)` would succeed and leave `reserve` blocks per group
         free."""
-        needed = self.blocks_needed(cache, count) + reserve
-        return needed == 0 or all(
-            pool.num_free >= needed * groups
-            for pool, groups in zip(self._pools, self._groups_of_pool, strict=True)
+        needed = self.blocks_needed(cache, count)
+        for pool, blocks, groups in zip(self._pools, needed, self._groups_of_pool, strict=True):
+            wanted = blocks + reserve * groups
+            if wanted and pool.num_free < wanted:
+                return False
+        return self._states_free([state < 0 for state in cache.states])
+
+    def _states_free(self, wanted: Sequence[bool]) -> bool:
+        """Whether a state can be had in each group for which one is wanted."""
+        return all(
+            not want or group.states is None or group.states.num_free > 0
+            for want, group in zip(wanted, self.groups, strict=True)
         )
+
+    def _take_states(self, cache: SequenceCache) -> None:
+        """Give a sequence the states it lacks. Raises `CacheError`, having changed nothing."""
+        if not self._states_free([state < 0 for state in cache.states]):
+            raise CacheError(_NO_STATE)
+        for index, group in enumerate(self.groups):
+            if group.states is not None and cache.states[index] < 0:
+                cache.states[index] = group.states.allocate()
 
     def append(self, cache: SequenceCache, count: int) -> None:
         """Make room for `count` more tokens and count them as stored.
@@ -162,26 +211,33 @@ class CacheManager:
             raise CacheError(f"Cannot append {count} tokens; use truncate to drop tokens.")
         if not self.can_append(cache, count):
             raise CacheError(
-                f"{self.blocks_needed(cache, count)} cache blocks are needed, "
+                f"{sum(self.blocks_needed(cache, count))} cache blocks are needed, "
                 f"{min(pool.num_free for pool in self._pools)} are free."
             )
-        total = cache.num_tokens + count
-        wanted = -(-total // self.block_size)
-        writes_into_last = count > 0 and cache.num_tokens % self.block_size != 0
-        for group, table in zip(self.groups, cache.tables, strict=True):
-            pool = group.pool
-            if writes_into_last:
-                last = table[-1]
-                if pool.references(last) > 1:
-                    fresh = pool.allocate()
-                    group.copy_block(last, fresh)
-                    pool.release(last)
-                    table[-1] = fresh
-                elif pool.key(last) is not None:
-                    pool.unpublish(last)
+        if cache.num_tokens + count:
+            self._take_states(cache)
+        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+            entries = cache.num_tokens - cache.evicted[index]
+            before, after = group.in_blocks(entries), group.in_blocks(entries + count)
+            if after > before and before % self.block_size:
+                self._own_last(group, table)
+            wanted = -(-after // self.block_size)
             while table.count < wanted:
-                table.push(pool.allocate())
-        cache.num_tokens = total
+                table.push(group.pool.allocate())
+        cache.num_tokens += count
+
+    @staticmethod
+    def _own_last(group: Group, table: BlockTable) -> None:
+        """Make the last block writable: a shared one is copied, a published one is no longer
+        found."""
+        pool, last = group.pool, table[-1]
+        if pool.references(last) > 1:
+            fresh = pool.allocate()
+            group.copy_block(last, fresh)
+            pool.release(last)
+            table[-1] = fresh
+        elif pool.key(last) is not None:
+            pool.unpublish(last)
 
     def commit(self, cache: SequenceCache, tokens: np.ndarray) -> None:
         """Publish the blocks that the step just finished filling.
@@ -190,8 +246,11 @@ class CacheManager:
         it after the step has run, so that no other sequence reads a block before it is written.
         """
         self._check_live(cache)
-        full = cache.num_tokens // self.block_size
-        if not self.prefix_caching or cache.published >= full:
+        if not self.prefix_caching or any(cache.evicted):
+            return  # after an eviction, what follows was computed from other keys
+        stored = min(group.in_blocks(cache.num_tokens) for group in self.groups)
+        full = stored // self.block_size
+        if cache.published >= full:
             return
         self._extend_keys(cache, tokens, full)
         for index in range(cache.published, full):
@@ -219,6 +278,8 @@ class CacheManager:
             ):
                 break
             hits += 1
+        while hits and not self._reusable(hits * self.block_size):
+            hits -= 1
         del cache.keys[hits:]  # what is stored next need not be these tokens
         for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
             for key in cache.keys[:hits]:
@@ -232,12 +293,25 @@ class CacheManager:
 
     def fork(self, cache: SequenceCache) -> SequenceCache:
         """A second sequence with the same contents; it shares every block until one of the two
-        writes."""
+        writes. Raises `CacheError` when there is no room for its state."""
         self._check_live(cache)
+        if not self._states_free([state >= 0 for state in cache.states]):
+            raise CacheError(_NO_STATE)
         tables = [table.copy() for table in cache.tables]
         child = SequenceCache(
-            tables, cache.num_tokens, list(cache.keys), cache.published, cache.root
+            tables,
+            [-1] * len(tables),
+            list(cache.evicted),
+            cache.num_tokens,
+            list(cache.keys),
+            cache.published,
+            cache.root,
         )
+        for index, group in enumerate(self.groups):
+            if group.states is not None and cache.states[index] >= 0:
+                child.states[index] = group.states.allocate()
+                assert group.copy_state is not None
+                group.copy_state(cache.states[index], child.states[index])
         for group, table in zip(self.groups, child.tables, strict=True):
             for block in table.ids:
                 group.pool.acquire(int(block))
@@ -245,7 +319,21 @@ class CacheManager:
         return child
 
     def truncate(self, cache: SequenceCache, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens and give back the blocks beyond them."""
+        """Keep the first `num_tokens` tokens and give back the blocks beyond them. Raises
+        `CacheError`, having changed nothing, when tokens were evicted since, or when the last ones
+        must wait in a state again and none is free."""
+        self._check_live(cache)
+        if any(cache.evicted) and num_tokens < cache.num_tokens:
+            raise CacheError("a sequence with evicted tokens cannot be truncated; reset it")
+        self._check_length(cache, num_tokens)
+        waiting = num_tokens and not self._reusable(num_tokens)
+        if waiting:
+            self._take_states(cache)
+        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+            shorter = group.in_blocks(num_tokens) < group.in_blocks(cache.num_tokens)
+            if waiting and group.delayed and shorter:
+                assert group.restore is not None
+                group.restore(table.ids, cache.states[index], cache.num_tokens, num_tokens)
         self._release_after(cache, num_tokens)
         del cache.keys[num_tokens // self.block_size :]  # other tokens may follow
 
@@ -263,16 +351,27 @@ class CacheManager:
     def check_integrity(self) -> None:
         """Raise `CacheError` unless tables, reference counts, free lists and keys all agree."""
         held: list[Counter[int]] = [Counter() for _ in self._pools]
+        states: dict[int, Counter[int]] = {
+            id(group.states): Counter() for group in self.groups if group.states is not None
+        }
         for cache in self._live.values():
-            blocks = -(-cache.num_tokens // self.block_size)
             if cache.published > min(len(cache.keys), cache.num_tokens // self.block_size):
                 raise CacheError("A sequence has published more blocks than it has filled.")
-            for group, table in zip(self.groups, cache.tables, strict=True):
+            for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+                entries = self.entries(cache, index)
+                blocks = -(-group.in_blocks(entries) // self.block_size)
                 if table.count != blocks:
                     raise CacheError(
-                        f"A table holds {table.count} blocks for {cache.num_tokens} tokens, "
+                        f"A table holds {table.count} blocks for {entries} tokens, "
                         f"expected {blocks}."
                     )
+                if group.states is not None:
+                    waiting = entries - group.in_blocks(entries)
+                    has_state = cache.states[index] >= 0
+                    if (waiting and not has_state) or (has_state and not cache.num_tokens):
+                        raise CacheError("A sequence has a state without tokens, or none with.")
+                    if cache.states[index] >= 0:
+                        states[id(group.states)][cache.states[index]] += 1
                 ids = table.ids.tolist()
                 if len(set(ids)) != len(ids):
                     raise CacheError(f"A table holds a block twice: {ids}.")
@@ -280,6 +379,9 @@ class CacheManager:
             self._check_keys(cache)
         for pool, counts in zip(self._pools, held, strict=True):
             pool.check_integrity(counts)
+        for group in self.groups:
+            if group.states is not None:
+                group.states.check_integrity(states[id(group.states)])
 
     def _check_keys(self, cache: SequenceCache) -> None:
         """A published block must be published under the key of the tokens its holders stored in
@@ -292,26 +394,36 @@ class CacheManager:
                         f"block {table[position]} is published under the key of other tokens"
                     )
 
-    def _release_after(self, cache: SequenceCache, num_tokens: int) -> None:
-        self._check_live(cache)
+    @staticmethod
+    def _check_length(cache: SequenceCache, num_tokens: int) -> None:
         if not 0 <= num_tokens <= cache.num_tokens:
             raise CacheError(
                 f"Cannot truncate a sequence of {cache.num_tokens} tokens to {num_tokens}."
             )
-        keep = -(-num_tokens // self.block_size)
-        for group, table in zip(self.groups, cache.tables, strict=True):
-            while table.count > keep:  # from the end, so that the start of a prefix is evicted last
+
+    def _release_after(self, cache: SequenceCache, num_tokens: int) -> None:
+        self._check_live(cache)
+        self._check_length(cache, num_tokens)
+        if num_tokens == 0:
+            cache.evicted = [0] * len(self.groups)
+        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+            keep = -(-group.in_blocks(num_tokens - cache.evicted[index]) // self.block_size)
+            while table.count > keep:  # from the end, so that the start of a prefix goes last
                 group.pool.release(table.pop())
+            if num_tokens == 0 and group.states is not None and cache.states[index] >= 0:
+                group.states.release(cache.states[index])
+                cache.states[index] = -1
         cache.num_tokens = num_tokens
         cache.published = min(cache.published, num_tokens // self.block_size)
 
-    def _last_is_shared(self, cache: SequenceCache) -> bool:
-        if cache.num_tokens % self.block_size == 0:
+    def _last_is_shared(self, cache: SequenceCache, index: int, stored: int) -> bool:
+        if stored % self.block_size == 0:
             return False
-        return any(
-            group.pool.references(table[-1]) > 1
-            for group, table in zip(self.groups, cache.tables, strict=True)
-        )
+        return self.groups[index].pool.references(cache.tables[index][-1]) > 1
+
+    def _reusable(self, num_tokens: int) -> bool:
+        """Whether a sequence of `num_tokens` has them all in blocks, which it can share."""
+        return all(group.in_blocks(num_tokens) == num_tokens for group in self.groups)
 
     def _extend_keys(self, cache: SequenceCache, tokens: np.ndarray, count: int) -> None:
         size = self.block_size

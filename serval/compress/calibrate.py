@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serval.cache.layouts.base import CacheView
-from serval.cache.memory import PagedMemory, cache_bytes_per_token
+from serval.cache.memory import PagedMemory, cache_budget
 from serval.data.options import DataOptions
 from serval.data.sources import documents, source_state, split_of
 from serval.data.tokenizer import load_tokenizer
@@ -159,47 +158,37 @@ def own_tokens(decoder: Decoder, samples: int, length: int, seed: int = 0) -> li
         tokens[:, 0] = config.bos_token_id
     cache = _Lockstep(decoder, samples, length)
     for step in range(length - 1):
-        logits = decoder.logits(decoder(tokens[:, step], cache.batch(step))).float()
+        logits = decoder.logits(decoder(tokens[:, step], cache.batch())).float()
         tokens[:, step + 1] = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(
             1
         )
     return list(tokens)
 
 
+BLOCK_SIZE = 32
+
+
 class _Lockstep:
     """A paged cache of sequences that grow together, one block table each for every layer."""
 
     def __init__(self, decoder: Decoder, samples: int, length: int) -> None:
-        specs = decoder.trunk_attention_layers
-        dtype = decoder.norm.weight.dtype
-        size = 32
-        blocks = samples * -(-length // size)
-        self.memory = PagedMemory(
-            specs,
+        blocks = samples * -(-length // BLOCK_SIZE)
+        specs, dtype = decoder.trunk_attention_layers, decoder.norm.weight.dtype
+        self.memory = PagedMemory.of(
+            decoder,
             "full",
-            cache_bytes=blocks * size * cache_bytes_per_token(specs, "full", dtype),
+            cache_bytes=cache_budget(
+                specs, "full", dtype, blocks=blocks, block_size=BLOCK_SIZE, sequences=samples
+            ),
             max_model_len=length,
-            block_size=size,
-            dtype=dtype,
+            block_size=BLOCK_SIZE,
             prefix_caching=False,
+            max_sequences=samples,
         )
-        self.size, self.samples = size, samples
-        self.tables = torch.arange(blocks, dtype=torch.int32).view(samples, -1)
+        self.caches = [self.memory.manager.create() for _ in range(samples)]
 
-    def batch(self, step: int) -> PackedBatch:
-        """One token of each sequence, at position `step`."""
-        block, offset = divmod(step, self.size)
-        count = self.samples
-        lens = torch.full((count,), step + 1, dtype=torch.int32)
-        starts = torch.arange(count + 1, dtype=torch.int32)
-        view = CacheView(
-            slots=self.tables[:, block].long() * self.size + offset,
-            block_tables=self.tables[:, : block + 1].contiguous(),
-            context_lens=lens,
-            query_starts=starts,
-            lengths=[step + 1] * count,
-            queries=[1] * count,
-        )
-        self.memory.begin([view])
-        positions = torch.full((count,), step, dtype=torch.int64)
-        return PackedBatch(positions, starts, lens, self.memory)
+    def batch(self) -> PackedBatch:
+        """The next token of each sequence."""
+        for cache in self.caches:
+            self.memory.manager.append(cache, 1)
+        return self.memory.batch(self.caches, [1] * len(self.caches))

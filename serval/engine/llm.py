@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import reprlib
 import threading
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from serval.adapt.serving import AdapterBank
-from serval.cache.memory import PagedMemory, cache_bytes_per_token
+from serval.cache.memory import PagedMemory, cache_bytes_per_token, cache_state_bytes
 from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.engine import Engine, EngineStats
 from serval.engine.params import SamplingParams
@@ -106,25 +107,25 @@ class LLM:
                 f"choose at most {limit}"
             )
         per_token = cache_bytes_per_token(specs, kv, weight.dtype)
+        states = max_sequences * cache_state_bytes(specs, kv, weight.dtype)
         if cache_bytes is None:
-            wanted = per_token * (limit if max_model_len is None else max_model_len)
-            wanted = (
-                -(-wanted // block_size + 1) * block_size * min(max_sequences, _DEFAULT_SEQUENCES)
-            )
+            length = limit if max_model_len is None else max_model_len
+            blocks = (-(-length // block_size) + 1) * min(max_sequences, _DEFAULT_SEQUENCES)
+            wanted = blocks * math.ceil(per_token * block_size) + states
             cache_bytes = min(wanted, int(_DEFAULT_MEMORY * _free_memory(weight.device)))
-            if max_model_len is None and cache_bytes < per_token * (limit + block_size):
-                limit = cache_bytes // (per_token * block_size) * block_size
+            room = cache_bytes - states
+            if max_model_len is None and room < per_token * (limit + block_size):
+                limit = max(0, int(room // (per_token * block_size))) * block_size
                 logger.warning("the free memory holds %d tokens: max_model_len is set to it", limit)
         self.max_model_len = limit if max_model_len is None else max_model_len
-        self.memory = PagedMemory(
-            specs,
+        self.memory = PagedMemory.of(
+            decoder,
             kv,
             cache_bytes=cache_bytes,
             max_model_len=self.max_model_len,
             block_size=block_size,
-            dtype=weight.dtype,
-            device=weight.device,
             prefix_caching=prefix_caching,
+            max_sequences=max_sequences,
         )
         rows = _CPU_ROWS if weight.device.type == "cpu" else _GPU_ROWS
         self.engine = Engine(

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serval.cache.layouts.base import CacheView
 from serval.cache.memory import PagedMemory
 from serval.engine.request import Logprob
 from serval.engine.sampler import prompt_logprobs
@@ -40,9 +39,6 @@ class Runner:
         self._positions = np.zeros(max_batch_tokens, dtype=np.int64)
         self._context_lens = np.zeros(max_sequences, dtype=np.int32)
         self._query_starts = np.zeros(max_sequences + 1, dtype=np.int32)
-        groups = len(memory.manager.groups)
-        self._slots = [np.zeros(max_batch_tokens, dtype=np.int64) for _ in range(groups)]
-        self._tables = [np.zeros(64, dtype=np.int32) for _ in range(groups)]
         self._iota = np.arange(max(max_batch_tokens, max_sequences), dtype=np.int64)
 
     @torch.inference_mode()
@@ -65,14 +61,12 @@ class Runner:
         else:
             owner = np.repeat(self._iota[:count], starts[1:] - starts[:-1])
             self._positions[:rows] = self._iota[:rows] + (lens - starts[1:])[owner]
-        lengths = lens.tolist()
-        queries = [item.count for item in work]
         context_lens, query_starts = self._tensor(lens), self._tensor(starts)
+        caches, counts = [item.sequence.cache for item in work], [item.count for item in work]
         self.memory.begin(
-            [
-                self._view(g, work, owner, rows, context_lens, query_starts, lengths, queries)
-                for g in range(len(self._tables))
-            ]
+            self.memory.views.build(
+                caches, counts, self._positions[:rows], owner, lens, query_starts
+            )
         )
         sampled = [int(starts[n + 1]) - 1 for n, item in enumerate(work) if item.samples]
         scored = [n for n, item in enumerate(work) if item.sequence.wants_prompt_logprobs]
@@ -98,40 +92,6 @@ class Runner:
     def _tensor(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
-
-    def _view(
-        self,
-        group: int,
-        work: list[Work],
-        owner: np.ndarray,
-        rows: int,
-        context_lens: Tensor,
-        query_starts: Tensor,
-        lengths: list[int],
-        queries: list[int],
-    ) -> CacheView:
-        size = self.memory.block_size
-        tables = [item.sequence.cache.tables[group] for item in work]
-        width = max(table.count for table in tables)
-        if len(self._tables[group]) < width * len(tables):
-            self._tables[group] = np.zeros(2 * width * len(tables), dtype=np.int32)
-        packed = self._tables[group][: width * len(tables)].reshape(len(tables), width)
-        for n, table in enumerate(tables):
-            packed[n, : table.count] = table.ids
-            packed[n, table.count :] = 0
-        positions, slots = self._positions[:rows], self._slots[group][:rows]
-        block, offset = np.divmod(positions, size)
-        slots[:] = packed[owner, block]
-        slots *= size
-        slots += offset
-        return CacheView(
-            slots=self._tensor(slots),
-            block_tables=self._tensor(packed),
-            context_lens=context_lens,
-            query_starts=query_starts,
-            lengths=lengths,
-            queries=queries,
-        )
 
     def _prompt_logprobs(self, item: Work, hidden: Tensor) -> None:
         """Log-probabilities of the prompt tokens that this chunk's rows [count, D] predict."""

@@ -13,8 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from serval.cache.layouts.base import CacheView
-from serval.cache.memory import PagedMemory, cache_bytes_per_token
+from serval.cache.memory import PagedMemory, cache_budget
 from serval.errors import RequestError
 from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
@@ -36,7 +35,7 @@ class Scorer:
         parameter = decoder.norm.weight
         self.device, self.dtype = parameter.device, parameter.dtype
         self._memory: PagedMemory | None = None
-        self._blocks = 0
+        self._blocks = self._sequences = 0
 
     def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Rows]:
         """Logits of all rows of all sequences, `chunk` rows at a time, in rounds: first the first
@@ -67,61 +66,47 @@ class Scorer:
 
     @torch.inference_mode()
     def _cached(self, sequences: Sequence[Sequence[int]], kv: str) -> Iterator[Rows]:
-        blocks = [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
-        memory = self._storage(kv, sum(blocks))
-        first_block = [0, *accumulate(blocks)]
-        for first in range(0, max(len(tokens) for tokens in sequences), self.chunk):
-            live = [n for n, tokens in enumerate(sequences) if first < len(tokens)]
-            ends = [min(first + self.chunk, len(sequences[n])) for n in live]
-            view = self._view(first, ends, [first_block[n] for n in live])
-            memory.begin([view] * len(memory.layouts))
-            batch = PackedBatch(
-                positions=torch.cat([torch.arange(first, end) for end in ends]).to(self.device),
-                query_starts=view.query_starts,
-                context_lens=view.context_lens,
-                memory=memory,
-            )
-            flat = [t for n, end in zip(live, ends, strict=True) for t in sequences[n][first:end]]
-            hidden = self.decoder(torch.tensor(flat, device=self.device), batch)
-            for n, rows in zip(live, hidden.split(view.queries), strict=True):
-                yield n, first, self.decoder.logits(rows).float()
+        memory = self._storage(kv, [len(tokens) for tokens in sequences])
+        manager = memory.manager
+        caches = [manager.create() for _ in sequences]
+        try:
+            for first in range(0, max(len(tokens) for tokens in sequences), self.chunk):
+                live = [n for n, tokens in enumerate(sequences) if first < len(tokens)]
+                ends = [min(first + self.chunk, len(sequences[n])) for n in live]
+                counts = [end - first for end in ends]
+                for n, count in zip(live, counts, strict=True):
+                    manager.append(caches[n], count)
+                batch = memory.batch([caches[n] for n in live], counts)
+                flat = [
+                    t for n, end in zip(live, ends, strict=True) for t in sequences[n][first:end]
+                ]
+                hidden = self.decoder(torch.tensor(flat, device=self.device), batch)
+                for n, rows in zip(live, hidden.split(counts), strict=True):
+                    yield n, first, self.decoder.logits(rows).float()
+        finally:
+            for cache in caches:
+                manager.free(cache)
 
-    def _view(self, first: int, ends: list[int], first_blocks: list[int]) -> CacheView:
-        """Sequence n lies in consecutive blocks from first_blocks[n], in every group of layers."""
-        queries = [end - first for end in ends]
-        width = -(-max(ends) // BLOCK_SIZE)
-        slots = [
-            block * BLOCK_SIZE + torch.arange(first, end)
-            for block, end in zip(first_blocks, ends, strict=True)
-        ]
-        table = torch.tensor(first_blocks, dtype=torch.int32)[:, None] + torch.arange(
-            width, dtype=torch.int32
-        )
-        last = max(first_blocks) + width  # a shorter sequence's unused entries stay valid ids
-        return CacheView(
-            slots=torch.cat(slots).to(self.device),
-            block_tables=table.clamp(max=max(last - 1, 0)).to(self.device),
-            context_lens=torch.tensor(ends, dtype=torch.int32, device=self.device),
-            query_starts=torch.tensor(
-                [0, *accumulate(queries)], dtype=torch.int32, device=self.device
-            ),
-            lengths=ends,
-            queries=queries,
-        )
-
-    def _storage(self, kv: str, blocks: int) -> PagedMemory:
-        if self._memory is None or self._blocks < blocks:
+    def _storage(self, kv: str, lengths: list[int]) -> PagedMemory:
+        blocks = sum(-(-length // BLOCK_SIZE) for length in lengths)
+        if self._memory is None or self._blocks < blocks or self._sequences < len(lengths):
             specs = self.decoder.trunk_attention_layers
-            block_bytes = cache_bytes_per_token(specs, kv, self.dtype) * BLOCK_SIZE
-            self._memory = PagedMemory(
+            budget = cache_budget(
                 specs,
                 kv,
-                cache_bytes=blocks * block_bytes,
-                max_model_len=blocks * BLOCK_SIZE,
+                self.dtype,
+                blocks=blocks,
                 block_size=BLOCK_SIZE,
-                dtype=self.dtype,
-                device=self.device,
-                prefix_caching=False,
+                sequences=len(lengths),
             )
-            self._blocks = blocks
+            self._memory = PagedMemory.of(
+                self.decoder,
+                kv,
+                cache_bytes=budget,
+                max_model_len=max(lengths),
+                block_size=BLOCK_SIZE,
+                prefix_caching=False,
+                max_sequences=len(lengths),
+            )
+            self._blocks, self._sequences = blocks, len(lengths)
         return self._memory

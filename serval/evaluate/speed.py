@@ -77,6 +77,6 @@ def weight_bytes(decoder: Decoder) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
-def cache_bytes(decoder: Decoder, kv: str) -> int:
+def cache_bytes(decoder: Decoder, kv: str) -> float:
     """Bytes that one token takes in the cache, over all layers."""
     return cache_bytes_per_token(decoder.trunk_attention_layers, kv, decoder.norm.weight.dtype)

@@ -152,13 +152,17 @@ class Decoder(nn.Module):
                     parameter.zero_()
 
     @property
-    def attention_layers(self) -> list[AttentionSpec]:
-        """One spec per attention module, in the order of the memory's `layer` argument; those of
-        the MTP head come last."""
+    def attention_modules(self) -> list[GroupedQueryAttention | LatentAttention]:
+        """In the order of the memory's `layer` argument; those of the MTP head come last."""
         modules = [
             m for m in self.modules() if isinstance(m, (GroupedQueryAttention, LatentAttention))
         ]
-        return [m.spec for m in sorted(modules, key=lambda m: m.index)]
+        return sorted(modules, key=lambda m: m.index)
+
+    @property
+    def attention_layers(self) -> list[AttentionSpec]:
+        """One spec per attention module, in their order."""
+        return [m.spec for m in self.attention_modules]
 
     @property
     def trunk_attention_layers(self) -> list[AttentionSpec]:

@@ -56,7 +56,7 @@ class Outcome:
     directory: Path
     file_bytes: int
     weight_bytes: int
-    cache_bytes_per_token: int
+    cache_bytes_per_token: float
     quality: EvalResult
     speed: list[Speed] = field(default_factory=list)
 

@@ -17,22 +17,57 @@ SIZE = 4
 
 class CacheMachine(RuleBasedStateMachine):
     """Sequences of tokens from a small alphabet, so that prefixes meet often. `contents` mimics the
-    storage: what was written into every block of every group."""
+    storage: what was written into every block of every group. A group with a delay keeps up to
+    `delay` tokens in `waiting`, the states, before it writes them into blocks."""
 
-    @initialize(blocks=st.integers(2, 12), groups=st.integers(1, 3), shared=st.booleans())
-    def start(self, blocks: int, groups: int, shared: bool) -> None:
+    @initialize(
+        blocks=st.integers(2, 12),
+        delays=st.lists(st.sampled_from([0, 0, SIZE, 2 * SIZE]), min_size=1, max_size=3),
+        shared=st.booleans(),
+        states=st.integers(1, 4),
+    )
+    def start(self, blocks: int, delays: list[int], shared: bool, states: int) -> None:
         pool = BlockPool(blocks)
-        pools = [pool if shared else BlockPool(blocks) for _ in range(groups)]
-        self.contents = [np.full((blocks, SIZE), -1) for _ in range(groups)]
+        pools = [pool if shared else BlockPool(blocks) for _ in delays]
+        self.live: list[tuple[SequenceCache, list[int]]] = []
+        self.delays = delays
+        self.contents = [np.full((blocks, SIZE), -1) for _ in delays]
+        self.waiting = [np.full((states, max(delay, 1)), -1) for delay in delays]
         self.manager = CacheManager(
             [
-                Group(pool, lambda source, to, data=data: data.__setitem__(to, data[source]))
-                for pool, data in zip(pools, self.contents, strict=True)
+                self.group(pool, data, waiting, delay, states)
+                for pool, data, waiting, delay in zip(
+                    pools, self.contents, self.waiting, delays, strict=True
+                )
             ],
             SIZE,
         )
-        self.live: list[tuple[SequenceCache, list[int]]] = []
-        self.freed: list[SequenceCache] = []
+
+    @staticmethod
+    def group(
+        pool: BlockPool, data: np.ndarray, waiting: np.ndarray, delay: int, states: int
+    ) -> Group:
+        def copy_block(source: int, to: int) -> None:
+            data[to] = data[source]
+
+        def copy_state(source: int, to: int) -> None:
+            waiting[to] = waiting[source]
+
+        def restore(table: np.ndarray, state: int, old: int, new: int) -> None:
+            for place in range(new // delay * delay, min(new, old // delay * delay)):
+                waiting[state, place % delay] = data[table[place // SIZE], place % SIZE]
+
+        if not delay:
+            return Group(pool, copy_block)
+        return Group(
+            pool,
+            copy_block,
+            in_blocks=lambda entries: entries // delay * delay,
+            delayed=True,
+            states=BlockPool(states),
+            copy_state=copy_state,
+            restore=restore,
+        )
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
     def add(self, tokens: list[int]) -> None:
@@ -61,9 +96,16 @@ class CacheMachine(RuleBasedStateMachine):
             assert cache.num_tokens == len(known)
             return
         assert possible
-        for offset, token in enumerate(tokens, start=len(known)):
-            for table, storage in zip(cache.tables, self.contents, strict=True):
-                storage[table[offset // SIZE], offset % SIZE] = token
+        every = known + tokens
+        for g, (table, storage) in enumerate(zip(cache.tables, self.contents, strict=True)):
+            in_blocks = self.manager.groups[g].in_blocks
+            waiting, delay = self.waiting[g][cache.states[g]], self.delays[g]
+            for place in range(in_blocks(len(known)), in_blocks(len(every))):
+                waits = place < len(known) and delay
+                token = waiting[place % delay] if waits else every[place]
+                storage[table[place // SIZE], place % SIZE] = token
+            for place in range(max(len(known), in_blocks(len(every))), len(every)):
+                waiting[place % delay] = every[place]
         self.live[index] = (cache, known + tokens)
         self.manager.commit(cache, np.array(known + tokens))
 
@@ -71,7 +113,16 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         cache, known = data.draw(st.sampled_from(self.live))
-        self.live.append((self.manager.fork(cache), list(known)))
+        groups = self.manager.groups
+        full = any(
+            group.states and not group.states.num_free and state >= 0
+            for group, state in zip(groups, cache.states, strict=True)
+        )
+        if full:
+            with pytest.raises(CacheError, match="states"):
+                self.manager.fork(cache)
+        else:
+            self.live.append((self.manager.fork(cache), list(known)))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -79,8 +130,13 @@ class CacheMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.live) - 1))
         cache, known = self.live[index]
         keep = data.draw(st.integers(0, len(known)))
-        self.manager.truncate(cache, keep)
-        self.live[index] = (cache, known[:keep])
+        try:
+            self.manager.truncate(cache, keep)
+        except CacheError:  # the last tokens must wait again, and no state is free
+            assert any(g.states and not g.states.num_free for g in self.manager.groups)
+            assert any(delay and keep % delay for delay in self.delays)
+        else:
+            self.live[index] = (cache, known[:keep])
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -106,9 +162,11 @@ class CacheMachine(RuleBasedStateMachine):
             group.pool.drop_cached()
 
     def check_contents(self, cache: SequenceCache, known: list[int]) -> None:
-        for table, storage in zip(cache.tables, self.contents, strict=True):
-            stored = storage[table.ids].ravel()[: len(known)].tolist()
-            assert stored == known
+        for g, (table, storage) in enumerate(zip(cache.tables, self.contents, strict=True)):
+            stored = self.manager.groups[g].in_blocks(len(known))
+            assert storage[table.ids].ravel()[:stored].tolist() == known[:stored]
+            for place in range(stored, len(known)):
+                assert self.waiting[g][cache.states[g], place % self.delays[g]] == known[place]
 
     @invariant()
     def books_agree(self) -> None:

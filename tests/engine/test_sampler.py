@@ -26,7 +26,7 @@ from .helpers import tiny_llm
 
 def sequence(params: SamplingParams, prompt: list[int], output: list[int] = ()) -> Sequence:
     request = Request("r", None, prompt, params, 0, params.seed or 0)
-    made = Sequence(request, 0, SequenceCache([]), frozenset({0}))
+    made = Sequence(request, 0, SequenceCache([], [], []), frozenset({0}))
     if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
         made.counts = TokenCounts(prompt)
     for token in output:
@@ -200,7 +200,7 @@ def test_uniforms_differ_by_seed_branch_and_position() -> None:
     request = Request("r", None, [1], SamplingParams(), 0, -1)
     values = set()
     for branch in range(3):
-        one = Sequence(request, branch, SequenceCache([]), frozenset())
+        one = Sequence(request, branch, SequenceCache([], [], []), frozenset())
         for _ in range(100):
             value = one.uniform()
             assert 0 <= value < 1

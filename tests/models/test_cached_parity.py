@@ -9,11 +9,9 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from serval.cache.layouts.base import CacheView
 from serval.cache.manager import SequenceCache
 from serval.cache.memory import PagedMemory
 from serval.models import checkpoint
-from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
 
 TOLERANCE = 1e-4
@@ -29,23 +27,9 @@ def run_step(
     work: list[tuple[SequenceCache, Tensor]],
 ) -> Tensor:
     """Append each sequence's `tokens` and compute them. Returns logits of all rows."""
-    positions, slots, size = [], [], memory.block_size
     for cache, tokens in work:
         memory.manager.append(cache, len(tokens))
-        places = torch.arange(cache.num_tokens - len(tokens), cache.num_tokens)
-        table = torch.from_numpy(cache.tables[0].ids.astype("int64"))
-        positions.append(places)
-        slots.append(table[places // size] * size + places % size)
-    counts = [len(tokens) for _, tokens in work]
-    lengths = [cache.num_tokens for cache, _ in work]
-    width = max(cache.tables[0].count for cache, _ in work)
-    tables = torch.zeros(len(work), width, dtype=torch.int32)
-    for n, (cache, _) in enumerate(work):
-        tables[n, : cache.tables[0].count] = torch.from_numpy(cache.tables[0].ids)
-    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    lens = torch.tensor(lengths, dtype=torch.int32)
-    memory.begin([CacheView(torch.cat(slots), tables, lens, starts, lengths, counts)])
-    batch = PackedBatch(torch.cat(positions), starts, lens, memory)
+    batch = memory.batch([cache for cache, _ in work], [len(tokens) for _, tokens in work])
     return decoder.logits(decoder(torch.cat([tokens for _, tokens in work]), batch))
 
 

@@ -1,11 +1,19 @@
 """Cache layouts: how one group of layers stores and reads its keys and values.
 
-`LAYOUTS` maps the name used on the command line (`--kv int8`) to the class.
+`LAYOUTS` maps the name used on the command line (`--kv int8`) to the class. A name may bring
+options: `oscar:bits=4,residual=32`.
 """
 
 from __future__ import annotations
 
-from serval.registry import Entry
+from functools import cache
+from typing import TYPE_CHECKING
+
+from serval.errors import CacheError
+from serval.registry import Entry, resolve
+
+if TYPE_CHECKING:
+    from serval.cache.layouts.base import Layout
 
 LAYOUTS: dict[str, Entry] = {
     "full": Entry(
@@ -26,3 +34,24 @@ LAYOUTS: dict[str, Entry] = {
         "int8 keys and values, one scale per token and head",
     ),
 }
+
+
+@cache
+def layout_class(kv: str) -> type[Layout]:
+    """The layout that `kv` ("name" or "name:option=value,...") means.
+
+    Raises `ConfigError` for an unknown name, `CacheError` for a bad option.
+    """
+    name, colon, rest = kv.partition(":")
+    kind: type[Layout] = resolve(LAYOUTS, name, "cache layout")
+    if not colon:
+        return kind
+    given: dict[str, str] = {}
+    for part in rest.split(","):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise CacheError(
+                f"cannot read {part!r} in kv={kv!r}: expected name:option=value,option=value"
+            )
+        given[key.strip()] = value.strip()
+    return kind.configure(given, kv)

@@ -3,17 +3,23 @@
 A layout owns its storage and its attention kernel, so that quantised data is read as stored. To add
 one: subclass `Layout`, implement `allocate`, `bytes_per_token`, `write`, `attend` (and the latent
 pair if it can hold MLA), and add a line to `LAYOUTS`.
+
+Beside blocks, a layout may keep a *state* per sequence: tensors of fixed size, such as a window of
+exact rows that are not yet quantised, or a recurrent state. Which tokens lie in blocks is a pure
+function of how many there are (`in_blocks`), so that tables need no other books: the tokens from
+`in_blocks(n)` on are in the state. A state is copied by a fork, and never shared.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from serval.errors import CacheError
 from serval.kernels import pages
@@ -27,6 +33,9 @@ class CacheView:
     slots: int64 [T], where each row's key goes (block * block_size + offset). block_tables: int32
     [N, M]. context_lens: int32 [N], tokens per sequence including this step's. query_starts: int32
     [N + 1]. lengths, queries: the last two as Python ints per sequence (for layouts that branch).
+    states: int32 [N], the slot of each sequence's state (None: the layout keeps none). A layout
+    that stores with delay gets no slots: it finds its rows by position in block_tables, which hold
+    `in_blocks(length)` tokens.
     """
 
     slots: Tensor
@@ -35,6 +44,7 @@ class CacheView:
     query_starts: Tensor
     lengths: list[int]
     queries: list[int]
+    states: Tensor | None = None
 
 
 class Layout(ABC):
@@ -42,10 +52,16 @@ class Layout(ABC):
 
     Args:
         specs: the attention layers of the group; `slot` below indexes this list.
+        num_states: sequences whose state is kept at once.
         dtype: the model's activation dtype, in which `k`, `v` and `q` arrive.
+
+    options: names of the class attributes that a user may set (`--kv name:option=value`).
+    delayed: whether tokens may wait in the state before they are stored in blocks.
     """
 
     name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    delayed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -54,14 +70,51 @@ class Layout(ABC):
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_states: int = 0,
     ) -> None:
         self.specs = list(specs)
         self.num_blocks, self.block_size = num_blocks, block_size
         self.dtype, self.device = dtype, device
+        self.num_states = num_states
+        self.check_block_size(block_size)
         self.storage: list[list[Tensor]] = []  # per slot, tensors whose first axis is the block
+        self.states: list[list[Tensor]] = []  # per slot, tensors whose first axis is the state
         for spec in self.specs:
             self.check(spec)
             self.storage.append(self.allocate(spec))
+            self.states.append(self.allocate_state(spec))
+
+    @classmethod
+    def configure(cls, given: Mapping[str, str], name: str) -> type[Layout]:
+        """This layout with some of its `options` set from text; raises `CacheError` for an option
+        it lacks or a value of the wrong type. `name` is what the user wrote, for messages."""
+        values: dict[str, Any] = {
+            "name": name,
+            "__doc__": cls.__doc__,
+            "__module__": cls.__module__,
+        }
+        for key, text in given.items():
+            if key not in cls.options:
+                known = ", ".join(cls.options) or "none"
+                raise CacheError(
+                    f"cache layout {cls.name!r} has no option {key!r}; it has: {known}"
+                )
+            kind = type(getattr(cls, key))
+            try:
+                values[key] = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+            except (ValueError, KeyError):
+                raise CacheError(
+                    f"option {key!r} of cache layout {cls.name!r} takes a {kind.__name__}, got "
+                    f"{text!r}"
+                ) from None
+        made: type[Layout] = type(cls.__name__, (cls,), values)
+        made.check_options()
+        return made
+
+    @classmethod
+    def check_options(cls) -> None:
+        """Raise `CacheError` when options have values that this layout cannot work with."""
+        return None
 
     @classmethod
     def check(cls, spec: AttentionSpec) -> None:
@@ -69,14 +122,40 @@ class Layout(ABC):
         return None
 
     @classmethod
+    def check_block_size(cls, block_size: int) -> None:
+        """Raise `CacheError` when the layout cannot store blocks of `block_size` tokens."""
+        return None
+
+    @classmethod
     @abstractmethod
-    def bytes_per_token(cls, spec: AttentionSpec, dtype: torch.dtype) -> int:
-        """Bytes that one token of one layer takes."""
+    def bytes_per_token(cls, spec: AttentionSpec, dtype: torch.dtype) -> float:
+        """Bytes that one token of one layer takes in blocks."""
+
+    @classmethod
+    def state_bytes(cls, spec: AttentionSpec, dtype: torch.dtype) -> int:
+        """Bytes that one sequence's state takes in one layer."""
+        return 0
+
+    @classmethod
+    def in_blocks(cls, num_tokens: int) -> int:
+        """How many of a sequence's first `num_tokens` tokens lie in blocks after a step. It never
+        falls as `num_tokens` grows, and is `num_tokens` unless `delayed`."""
+        return num_tokens
+
+    def prepare(self, modules: Sequence[nn.Module], rotary: tuple[Tensor, Tensor]) -> None:
+        """Called once before the first step: `modules` are the attention modules of the group, in
+        the order of `specs`; a layout may fold what it needs into their weights, if that leaves the
+        model's function as it is for every layout. rotary: the model's cos and sin [P, R/2]."""
+        return None
 
     @abstractmethod
     def allocate(self, spec: AttentionSpec) -> list[Tensor]:
         """The tensors of one layer, [num_blocks, ...] each, from `zeros` (stale NaNs would
         spread)."""
+
+    def allocate_state(self, spec: AttentionSpec) -> list[Tensor]:
+        """The state tensors of one layer, [num_states, ...] each."""
+        return []
 
     @abstractmethod
     def write(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:
@@ -134,7 +213,23 @@ class Layout(ABC):
             for tensor in tensors:
                 tensor[destination].copy_(tensor[source])
 
+    def fork_state(self, source: int, destination: int) -> None:
+        """Copy one sequence's state in every layer of the group."""
+        for tensors in self.states:
+            for tensor in tensors:
+                tensor[destination].copy_(tensor[source])
+
+    def truncate(self, table: np.ndarray, state: int, old: int, new: int) -> None:
+        """A sequence of `old` tokens keeps its first `new`. Called only where `in_blocks(new)` is
+        less than `in_blocks(old)` and the layout is `delayed`, before blocks are given back: the
+        tokens from `in_blocks(new)` to `new` must go back into the state. table: int32, its
+        blocks."""
+        raise CacheError(f"cache layout {self.name!r} cannot be truncated")
+
     @property
     def nbytes(self) -> int:
-        """Bytes of storage."""
-        return sum(tensor.nbytes for tensors in self.storage for tensor in tensors)
+        """Bytes of storage and states."""
+        return sum(t.nbytes for tensors in self.storage + self.states for t in tensors)
+
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
