@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serval.kernels.walsh_hadamard.reference import sylvester
+
 LARGEST_FACTOR = 64  # 2^k is split into factors of at most this size
 LARGEST_PALEY = 2048
 
@@ -71,19 +73,10 @@ def hadamard_factors(size: int) -> list[Tensor] | None:
         factors = [] if rest == 1 and power else [paley]
         while power:
             step = min(power, LARGEST_FACTOR.bit_length() - 1)
-            factors.append(_sylvester(step))
+            factors.append(sylvester(1 << step))
             power -= step
         return factors
     return None
-
-
-def _sylvester(power: int) -> Tensor:
-    """The Hadamard matrix of size 2^power."""
-    made = torch.ones(1, 1, dtype=torch.float64)
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    for _ in range(power):
-        made = torch.kron(made, two)
-    return made
 
 
 def paley_matrix(size: int) -> Tensor | None:

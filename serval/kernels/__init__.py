@@ -3,6 +3,7 @@ fallback."""
 
 from __future__ import annotations
 
+from serval.kernels import oscar
 from serval.kernels.attention import paged_attention, paged_attention_int8
 from serval.kernels.cache_write import write_cache, write_cache_int8
 from serval.kernels.dense_linear import linear
@@ -23,13 +24,16 @@ from serval.kernels.w4a8 import (
     stack_weights,
     unpack_weight,
 )
+from serval.kernels.walsh_hadamard import hadamard
 
 __all__ = [
     "PackedWeight",
     "add_rms_norm",
     "empty_packed_weight",
     "grouped_linear",
+    "hadamard",
     "linear",
+    "oscar",
     "pack_weight",
     "paged_attention",
     "paged_attention_int8",
