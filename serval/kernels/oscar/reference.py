@@ -165,8 +165,8 @@ def _by_token(x: Tensor, bits: int, zero: str) -> tuple[Tensor, Tensor, Tensor, 
     n, middle, exponents = parameters(groups, bits, zero, 2)  # [records, heads, tokens, G]
     s = scales(n, exponents)
     made = codes(groups, s[..., None], middle[..., None], bits).flatten(-2)
-    laid = (_bytes(p.transpose(2, 3).contiguous()).flatten(2) for p in (n, middle))
-    return made, *laid, exponents
+    n, middle = n.transpose(2, 3).contiguous(), middle.transpose(2, 3).contiguous()
+    return made, _bytes(n).flatten(2), _bytes(middle).flatten(2), exponents
 
 
 def dequantize(
@@ -269,7 +269,9 @@ def attend(
         mine = slice(starts[n], starts[n + 1])
         k, v = fetch(fmt, storage, block_tables[n], packed)
         if length > packed:
-            assert residual_k is not None and residual_v is not None and states is not None
+            assert residual_k is not None
+            assert residual_v is not None
+            assert states is not None
             rows = torch.arange(packed, length, device=q.device) % residual_k.shape[1]
             k = torch.cat([k, residual_k[states[n].long(), rows].float()])
             v = torch.cat([v, residual_v[states[n].long(), rows].float()])

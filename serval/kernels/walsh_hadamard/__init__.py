@@ -12,11 +12,11 @@ from serval.kernels.walsh_hadamard import reference
 
 
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
-    """x [..., D] times the normalised Sylvester-Hadamard matrix of order `block`, repeated along the
-    diagonal (default: the largest power of two that divides D).
+    """x [..., D] times the normalised Sylvester-Hadamard matrix of order `block`, repeated along
+    the diagonal (default: the largest power of two that divides D).
 
-    The matrix is symmetric and its own inverse, so applying this twice returns x, and (x H)(y H)^T =
-    x y^T. Raises ValueError unless block is a power of two that divides D.
+    The matrix is symmetric and its own inverse, so applying this twice returns x, and
+    (x H)(y H)^T = x y^T. Raises ValueError unless block is a power of two that divides D.
     """
     dim = x.shape[-1]
     block = reference.largest_block(dim) if block is None else block

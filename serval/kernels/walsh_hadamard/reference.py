@@ -25,7 +25,8 @@ def largest_block(dim: int) -> int:
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
-    """x [..., D] times the block-diagonal H / sqrt(block), in x's dtype (at least float32 inside)."""
+    """x [..., D] times the block-diagonal H / sqrt(block), in x's dtype (inside at least
+    float32)."""
     wide = x if x.dtype == torch.float64 else x.float()
     out = wide.reshape(-1, block)
     half = 1
