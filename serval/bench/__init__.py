@@ -46,6 +46,9 @@ BENCHES: dict[str, Entry] = {
     "wisca": Entry(
         "serval.bench.wisca:collect", "small models with and without WISCA, paired by seed"
     ),
+    "afa-lora": Entry(
+        "serval.bench.afa_lora:collect", "AFA-LoRA against LoRA, rsLoRA, DoRA and full tuning"
+    ),
     "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
 }
 
