@@ -1,5 +1,5 @@
-"""Decoding tokens/s at the Llama-3.2-1B shape with random weights, against transformers and
-llama.cpp.
+"""Decoding tokens/s at the Llama-3.2-1B shape with random weights, against transformers,
+llama.cpp and, for W4A8, OpenVINO GenAI (contexts of 512 only).
 
 The caches hold `context` tokens of random keys and values when the clock starts; a measured unit is
 one step of one token for each sequence of the batch, greedy. Floor: the bytes that a step must
@@ -9,7 +9,16 @@ read, weights once and each sequence's keys and values once, at the measured rea
 from __future__ import annotations
 
 from serval.bench.harness import Case, Outcome, Sample, Setup, compare, paired_rounds
-from serval.bench.language_models import Bench, EngineSpec, llama_cpp, serval, transformers
+from serval.bench.language_models import (
+    Bench,
+    Engines,
+    EngineSpec,
+    for_size,
+    llama_cpp,
+    openvino,
+    serval,
+    transformers,
+)
 from serval.bench.shapes import SHAPES
 from serval.bench.worker import Worker, WorkerPool
 from serval.kernels.bandwidth import read_bandwidth
@@ -18,10 +27,10 @@ SECONDS = 2.0  # of one contestant's share of a round
 ROOM = 64  # most steps of a round
 
 
-def engines(threads: int) -> dict[str, tuple[EngineSpec, list[EngineSpec]]]:
+def engines(threads: int) -> Engines:
     """Ours by the word that case names begin with, each with its peers."""
     exact = [transformers("static"), transformers("dynamic"), llama_cpp("F16", threads)]
-    small, smallest = [llama_cpp("Q8_0", threads)], [llama_cpp("Q4_0", threads)]
+    small, smallest = [llama_cpp("Q8_0", threads)], [llama_cpp("Q4_0", threads), openvino(threads)]
     return {
         "float32": (serval("float32"), exact),
         "int8": (serval("int8", weights="int8"), small),
@@ -60,7 +69,7 @@ def collect(setup: Setup) -> list[Case]:
                 wanted = {kind: name for kind, name in names.items() if setup.wants(name)}
                 if wanted:
                     setup.note(", ".join(wanted.values()))
-                    chosen = {kind: compared[kind] for kind in wanted}
+                    chosen = for_size({k: compared[k] for k in wanted}, batch, context)
                     # Engines that do not fit into memory together are loaded anew in each round.
                     turns = min(rounds, 3) if batch * context > 20_000 else rounds
                     outcomes = _measure(setup, bench, chosen, batch, context, turns)
@@ -71,7 +80,7 @@ def collect(setup: Setup) -> list[Case]:
 def _measure(
     setup: Setup,
     bench: Bench,
-    chosen: dict[str, tuple[EngineSpec, list[EngineSpec]]],
+    chosen: Engines,
     batch: int,
     context: int,
     rounds: int,
@@ -103,7 +112,7 @@ def _cases(
     setup: Setup,
     bench: Bench,
     names: dict[str, str],
-    chosen: dict[str, tuple[EngineSpec, list[EngineSpec]]],
+    chosen: Engines,
     outcomes: dict[str, Outcome],
     batch: int,
     context: int,

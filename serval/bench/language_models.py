@@ -35,6 +35,11 @@ class EngineSpec:
     weight_bytes: float = 4.0
     cache_bytes: float = 4.0
     cache: str | None = None
+    most_tokens: int | None = None
+
+    def takes(self, batch: int, context: int) -> bool:
+        """Whether cases of this size are measured with it."""
+        return self.most_tokens is None or batch * context <= self.most_tokens
 
     def estimate(self, config: ModelConfig, batch: int, length: int) -> int:
         """Bytes it will occupy, generously."""
@@ -74,6 +79,24 @@ def llama_cpp(kind: str, threads: int) -> EngineSpec:
     weights = {"F16": 2.0, "Q8_0": 2.2, "Q4_0": 1.3}[kind]  # the mapped file and a repacked copy
     name = f"llama.cpp {kind}"
     return EngineSpec(name, name, target, arguments, weights, 2.0)
+
+
+def openvino(threads: int) -> EngineSpec:
+    """Its caches can be filled by running prompts only, which takes minutes for long ones."""
+    target = "serval.bench.openvino_peer:OpenVinoEngine"
+    name = "OpenVINO GenAI int4"  # the mapped file, a repacked copy and the head's own copy
+    return EngineSpec(name, name, target, {"threads": threads}, 1.8, 1.1, most_tokens=4096)
+
+
+Engines = dict[str, tuple[EngineSpec, list[EngineSpec]]]  # ours by case word, each with its peers
+
+
+def for_size(engines: Engines, batch: int, context: int) -> Engines:
+    """The same without peers that are not measured at this size."""
+    return {
+        kind: (ours, [peer for peer in peers if peer.takes(batch, context)])
+        for kind, (ours, peers) in engines.items()
+    }
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""Prefill tokens/s at the Llama-3.2-1B shape with random weights, against transformers and
-llama.cpp.
+"""Prefill tokens/s at the Llama-3.2-1B shape with random weights, against transformers,
+llama.cpp and, for W4A8 and up to 4096 tokens in all, OpenVINO GenAI.
 
 A measured unit is the whole call: `batch` prompts of `context` tokens, from nothing to their first
 token. Floor: the operations of the weights and of causal attention at a measured roof: of float32
@@ -15,7 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from serval.bench.harness import Case, Sample, Setup, compare, paired_rounds
-from serval.bench.language_models import Bench, EngineSpec, llama_cpp, serval, transformers
+from serval.bench.language_models import (
+    Bench,
+    Engines,
+    for_size,
+    llama_cpp,
+    openvino,
+    serval,
+    transformers,
+)
 from serval.bench.shapes import SHAPES, attention_flops, head_parameters, linear_parameters
 from serval.bench.worker import Worker, WorkerPool
 from serval.kernels.bandwidth import int4_roof, int8_roof, matmul_roof
@@ -30,9 +38,9 @@ ROOFS: dict[str, Callable[[], float]] = {
 }
 
 
-def engines(threads: int) -> dict[str, tuple[EngineSpec, list[EngineSpec]]]:
+def engines(threads: int) -> Engines:
     """Ours by the word that case names begin with, each with its peers."""
-    smallest = [llama_cpp("Q4_0", threads)]
+    smallest = [llama_cpp("Q4_0", threads), openvino(threads)]
     return {
         "float32": (
             serval("float32"),
@@ -75,7 +83,8 @@ def collect(setup: Setup) -> list[Case]:
                     for kind in compared
                     if context != 2048 or kind.startswith("w4a8")
                 }
-                chosen = {k: compared[k] for k, name in names.items() if setup.wants(name)}
+                wanted = {k: compared[k] for k, name in names.items() if setup.wants(name)}
+                chosen = for_size(wanted, batch, context)
                 if not chosen:
                     continue
                 setup.note(", ".join(names[kind] for kind in chosen))
