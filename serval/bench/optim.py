@@ -256,7 +256,7 @@ def _measure(setup: Setup, name: str, work: Work) -> list[Case]:
 
     flops = work.flops()
     roof = None if setup.quick else flops / (matmul_roof() * 1e9)
-    peak = 0.0 if setup.quick else torch.get_num_threads() * float32_roof(1)
+    peak = 0.0 if setup.quick else float32_roof()
 
     def case(label: str, peer: str) -> Case:
         ours, other = outcomes[f"serval {label}"], outcomes[peer]

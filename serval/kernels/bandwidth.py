@@ -15,9 +15,9 @@ import torch
 from serval.kernels import jit
 
 _READ = jit.Kernel("probe", "probe_read", "plpi")
-_FMA = jit.Kernel("probe", "probe_fma", "lpi")
-_INT8 = jit.Kernel("probe", "probe_int8", "lpi")
-_INT4 = jit.Kernel("probe", "probe_int4", "lpi")
+_FMA = jit.Kernel("probe", "probe_fma", "lipi")
+_INT8 = jit.Kernel("probe", "probe_int8", "lipi")
+_INT4 = jit.Kernel("probe", "probe_int4", "lipi")
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,14 @@ def measure_read_bandwidth(threads: int, megabytes: int = 256, repeats: int = 7)
 
 @functools.cache
 def _compute(kind: str, threads: int) -> float:
-    """Giga-operations per second of independent multiply-adds in registers."""
+    """Giga-operations per second of independent multiply-adds in registers, over all threads."""
     function = {"float32": _FMA, "int8": _INT8, "int4": _INT4}[kind].get()
     if function is None:
         return 0.0
-    out = torch.zeros(threads)
-    rounds, best = 200_000, float("inf")
-    operations = 0
-    for _ in range(60):  # a fraction of a millisecond each: other work may hit many of them
-        begin = time.perf_counter()
-        operations = function(rounds, out.data_ptr(), threads)
-        best = min(best, time.perf_counter() - begin)
-    return rounds * 12 * operations * threads / best / 1e9
+    seconds = torch.zeros(threads)
+    rounds, repeats = 20_000, 400  # tens of microseconds each: other work may hit many of them
+    operations = function(rounds, repeats, seconds.data_ptr(), threads)
+    return rounds * 12 * operations * float(seconds.reciprocal().sum()) / 1e9
 
 
 def float32_roof(threads: int | None = None) -> float:
