@@ -88,3 +88,20 @@ def test_arithmetic_is_that_of_lerp() -> None:
     momentum.momentum_update(grad, buffer, out, mu=0.95, nesterov=True)
     assert torch.equal(buffer, wanted)
     assert torch.equal(out, ahead)
+
+
+def test_a_bfloat16_mean_takes_float64_gradients() -> None:
+    grad = torch.randn(300, dtype=torch.float64)
+    found, expected = (
+        torch.randn(300, generator=torch.Generator().manual_seed(1)).bfloat16() for _ in "ab"
+    )
+    outs = []
+    for mean, g in ((found, grad), (expected, grad.float())):
+        buffer, out = torch.zeros_like(g), torch.empty_like(g)
+        momentum.momentum_update(
+            g, buffer, out, mu=0.95, nesterov=True, mean=mean, beta=0.9, weight=-0.5, seed=4
+        )
+        outs.append(out.float())
+    assert (found != expected).float().mean() < 0.02  # a rounding may fall on the other side
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-6)

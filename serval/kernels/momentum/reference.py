@@ -9,8 +9,9 @@ _MASK = 0xFFFFFFFF
 
 
 def round_stochastically(x: Tensor, seed: int) -> Tensor:
-    """Round float32 x to bfloat16, up or down at random in proportion; element i's random bits are
-    a hash of i and `seed` (32 bits)."""
+    """Round x, taken as float32, to bfloat16, up or down at random in proportion; element i's
+    random bits are a hash of i and `seed` (32 bits)."""
+    x = x.float()
     i = torch.arange(x.numel(), device=x.device).view(x.shape)
     h = ((i * 0x9E3779B9) & _MASK) ^ (seed & _MASK)
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
