@@ -17,7 +17,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,13 +233,22 @@ _FREE = {"model.family"}  # the format of the result: changing it changes no num
 
 
 def check_fingerprint(
-    saved: Saved, before: dict[str, Any] | None, now: dict[str, Any] | None
+    saved: Saved,
+    before: dict[str, Any] | None,
+    now: dict[str, Any] | None,
+    defaults: Collection[str] = (),
 ) -> None:
-    """Refuse to continue a run whose recipe changed; raises ConfigError naming the key."""
+    """Refuse to continue a run whose recipe changed; raises ConfigError naming the key.
+
+    defaults: keys ("section.key") whose value now is the option's default. What the checkpoint does
+    not know of was an option that did not exist, whose default is what it did.
+    """
     if before is None or now is None:
         return
-    old, new = _flatten(before), _flatten(json.loads(json.dumps(now)))
+    old, new = flatten(before), flatten(json.loads(json.dumps(now)))
     for key in sorted((old.keys() | new.keys()) - _FREE):
+        if key not in old and key in defaults:
+            continue
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"{saved.path} was written with {key} = {old.get(key)!r}, the recipe now says "
@@ -247,11 +256,12 @@ def check_fingerprint(
             )
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested sections, by "section.key"."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -36,7 +36,7 @@ class Settings:
     """Numbers of the loop; same names and meaning as the sections of a recipe.
 
     directory: where checkpoints go (None: none are written). fingerprint: what a checkpoint must
-    agree with to be resumed.
+    agree with to be resumed; defaults: the keys in it ("section.key") that hold their default.
     """
 
     steps: int
@@ -51,6 +51,7 @@ class Settings:
     keep_checkpoints: int = 2
     directory: Path | None = None
     fingerprint: dict[str, Any] | None = None
+    defaults: frozenset[str] = frozenset()
 
     def check(self, world: World) -> None:
         """Raise ConfigError when a step's rows cannot be shared out evenly."""
@@ -265,7 +266,8 @@ class Trainer:
         if saved is None:
             return False
         meta = saved.meta()
-        checkpoint.check_fingerprint(saved, meta["fingerprint"], self.settings.fingerprint)
+        now, defaults = self.settings.fingerprint, self.settings.defaults
+        checkpoint.check_fingerprint(saved, meta["fingerprint"], now, defaults)
         names = checkpoint.saved_names(saved)
         self.optimizer.materialise_state()
         self.optimizer.forget_state(

@@ -207,6 +207,7 @@ def model_config(recipe: Recipe, data: Data) -> ModelConfig:
 
 def settings_of(recipe: Run, world: World) -> Settings:
     train = recipe.train
+    chosen = recipe.model_dump(mode="json", exclude_defaults=True)
     return Settings(
         steps=train.steps,
         batch_rows=train.batch_rows,
@@ -220,6 +221,8 @@ def settings_of(recipe: Run, world: World) -> Settings:
         keep_checkpoints=recipe.checkpoint.keep,
         directory=recipe.directory / "checkpoints",
         fingerprint=recipe.fingerprint(),
+        defaults=frozenset(checkpoint.flatten(recipe.fingerprint()))
+        - checkpoint.flatten(chosen).keys(),
     )
 
 

@@ -237,6 +237,20 @@ def test_another_recipe_is_refused_naming_the_key(tmp_path: Path) -> None:
         toy_trainer(tmp_path, steps=2, fingerprint={"optimizer": {"lr": 0.2}}).fit()
 
 
+def test_a_new_option_at_its_default_does_not_refuse_an_old_checkpoint(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, steps=2, fingerprint={"optimizer": {"lr": 0.1}}).fit()
+    later = {"optimizer": {"lr": 0.1, "mona_beta": 0.975}}
+    defaults = frozenset({"optimizer.mona_beta"})
+    toy_trainer(tmp_path, steps=3, fingerprint=later, defaults=defaults).fit()
+    changed = {"optimizer": {"lr": 0.1, "mona_beta": 0.5}}
+    with pytest.raises(ConfigError, match=r"mona_beta = 0\.975, the recipe now says 0\.5"):
+        toy_trainer(tmp_path, steps=4, fingerprint=changed, defaults=defaults).fit()
+    (tmp_path / "other").mkdir()
+    toy_trainer(tmp_path / "other", steps=2, fingerprint={"optimizer": {"lr": 0.1}}).fit()
+    with pytest.raises(ConfigError, match=r"mona_beta = None, the recipe now says 0\.975"):
+        toy_trainer(tmp_path / "other", steps=3, fingerprint=later).fit()
+
+
 def test_another_model_or_optimizer_is_refused_naming_the_tensor(tmp_path: Path) -> None:
     toy_trainer(tmp_path, steps=2).fit()
     with pytest.raises(CheckpointError, match=r"lacks 'model\.layers\.2\."):

@@ -7,7 +7,10 @@ import yaml
 
 from serval.errors import ConfigError
 from serval.optim import OPTIMIZERS, Role
+from serval.train.checkpoint import flatten
+from serval.train.distributed import World
 from serval.train.recipe import load_recipe
+from serval.train.run import settings_of
 from serval.train.wisca import WiscaCallback
 
 GOOD = """
@@ -153,6 +156,18 @@ def test_fingerprint_ignores_where_and_how_long(tmp_path: Path) -> None:
     assert load_recipe(path).fingerprint() != other.fingerprint()
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")))
+def test_settings_tell_which_options_hold_their_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    chosen = ["optimizer.momentum=0.9", "train.clip_norm=1.0"]
+    settings = settings_of(load_recipe(path, chosen), World())
+    assert settings.defaults >= {"train.clip_norm", "optimizer.mona_beta", "initializer"}
+    assert not settings.defaults & {"optimizer.momentum", "train.batch_rows", "model.hidden_size"}
+    assert settings.defaults < set(flatten(settings.fingerprint or {}))
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted({*RECIPES.glob("*.yaml")} - {RECIPES / "tune.yaml"}))
 def test_shipped_recipes_are_valid(path: Path) -> None:
     assert load_recipe(path).optimizer.name in OPTIMIZERS
