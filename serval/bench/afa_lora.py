@@ -65,7 +65,7 @@ ADAPTERS = ("lora", "rslora", "dora", "afa-lora")
 RANKS = (2, 8, 32)
 SEEDS = 5
 ALPHA = 16.0
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (5e-3, 1e-2, 2e-2)
 FULL_RATES = (5e-4, 1e-3, 2e-3)
 HEADERS = ("c10", "torch/csrc", "ATen/native", "ATen/cpu", "ATen/core", "ATen/cuda")
 
