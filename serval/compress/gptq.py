@@ -14,7 +14,7 @@ weights when its first column is reached (`static_groups=False`), or from the or
 place, without them the column order is stored (`weight_g_idx`).
 
 Decided here, where the paper is silent: U comes from one Cholesky factor of H with its axes
-reversed and one triangular inverse; when that fails in float32 it is tried in float64, then with
+reversed and one triangular inverse (2/3 K^3 operations in all); when that fails in float32 it is tried in float64, then with
 ten times the damping, up to 1, and then H = I (rounding to nearest). A channel that is zero in all
 calibration inputs is rounded to nearest, where the paper's code sets its weights to zero.
 `search="mse"` shrinks each scale by 0 to 79 % to minimise sum |error|^2.4, as that code does.
@@ -38,6 +38,7 @@ from serval.errors import ConfigError
 Search = Literal["max", "mse"]
 
 _COLUMNS = 8
+_INVERTED_AT_ONCE = 256
 
 
 @dataclass
@@ -128,19 +129,35 @@ def _upper(
 
     With J the reversal of axes and J H J = L L^T, R = J L J is upper and H = R R^T, so U = R^-1.
     """
-    h = hessian.to(dtype, copy=True) if order is None else hessian[order][:, order].to(dtype)
+    taken = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    back = taken.flip(0)
+    h = hessian[back][:, back].to(dtype)
     diagonal = h.diagonal()
     diagonal.add_((diagonal == 0).to(dtype) * dead).add_(damping)
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(h)
     del h
     if failed or not torch.isfinite(lower.diagonal()).all():
         return None
     upper = lower.flip(0, 1)
     del lower
-    inverse = torch.linalg.solve_triangular(
-        upper, torch.eye(len(upper), dtype=dtype), upper=True, left=True
-    )
-    return inverse if torch.isfinite(inverse.diagonal()).all() else None
+    _invert_upper(upper)
+    return upper if torch.isfinite(upper.diagonal()).all() else None
+
+
+def _invert_upper(matrix: Tensor) -> None:
+    """Invert an upper triangular matrix in place:
+    [A B; 0 C]^-1 = [A^-1, -A^-1 B C^-1; 0, C^-1], a third of the work of solving for I."""
+    size = len(matrix)
+    if size <= _INVERTED_AT_ONCE:
+        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, eye, upper=True))
+        return
+    half = size // 2
+    a, b, c = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    right = torch.linalg.solve_triangular(c, b, upper=True, left=False)
+    b.copy_(torch.linalg.solve_triangular(a, right, upper=True).neg_())
+    _invert_upper(a)
+    _invert_upper(c)
 
 
 @torch.no_grad()

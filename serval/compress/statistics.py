@@ -12,6 +12,7 @@ from torch import Tensor
 Wanted = Literal["range", "hessian", "rows"]
 
 MAX_ROWS = 512
+_STRIPE = 1024
 
 
 @dataclass
@@ -48,7 +49,7 @@ class InputStatistics:
         if "hessian" in self.wanted:
             if self.hessian is None:
                 self.hessian = torch.zeros(self.width, self.width, device=x.device)
-            self.hessian.addmm_(x.T, x)
+            _add_gram(self.hessian, x)
         if "rows" in self.wanted:
             self._keep_rows(x)
         self.count += len(x)
@@ -85,6 +86,16 @@ class InputStatistics:
             self.hessian.div_(scale).div_(scale.unsqueeze(1))
         if self.rows is not None:
             self.rows.div_(scale)
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """total += x^T x, in stripes of columns: what lies above the diagonal is mirrored, so half of
+    it is computed."""
+    for start in range(0, len(total), _STRIPE):
+        stop = min(start + _STRIPE, len(total))
+        made = x[:, start:].T @ x[:, start:stop]
+        total[start:, start:stop] += made
+        total[start:stop, stop:] += made[stop - start :].T
 
 
 def merged_abs_max(parts: Iterable[InputStatistics]) -> Tensor:
