@@ -14,9 +14,10 @@ weights when its first column is reached (`static_groups=False`), or from the or
 place, without them the column order is stored (`weight_g_idx`).
 
 Decided here, where the paper is silent: U comes from one Cholesky factor of H with its axes
-reversed and one triangular inverse (2/3 K^3 operations in all); when that fails in float32 it is tried in float64, then with
-ten times the damping, up to 1, and then H = I (rounding to nearest). A channel that is zero in all
-calibration inputs is rounded to nearest, where the paper's code sets its weights to zero.
+reversed and one triangular inverse (2/3 K^3 operations in all); when that fails in float32 it is
+tried in float64, then with ten times the damping, up to 1, and then H = I (rounding to nearest). A
+channel that is zero in all calibration inputs is rounded to nearest, where the paper's code sets
+its weights to zero.
 `search="mse"` shrinks each scale by 0 to 79 % to minimise sum |error|^2.4, as that code does.
 """
 
