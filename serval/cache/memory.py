@@ -63,7 +63,7 @@ class PagedMemory:
         self.block_bytes = max(1, math.ceil(per_token * block_size))
         self.block_size = block_size
         stored = max(kind.in_blocks(max_model_len) for kind in kinds)
-        needed = max(1, -(-stored // block_size))
+        needed = max(1, -(-stored // block_size)) if per_token else 0
         num_blocks = (cache_bytes - states) // self.block_bytes
         if num_blocks < needed:
             besides = f" and {states:,} for the states of {max_sequences} sequences"

@@ -33,6 +33,11 @@ LAYOUTS: dict[str, Entry] = {
         "serval.cache.layouts.int8:Int8Layout",
         "int8 keys and values, one scale per token and head",
     ),
+    "streaming": Entry(
+        "serval.cache.layouts.streaming:StreamingLayout",
+        "the first 4 tokens and the last 1020, in constant memory (sinks=, recent=)",
+        "2309.17453",
+    ),
 }
 
 
