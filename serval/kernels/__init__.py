@@ -13,6 +13,7 @@ from serval.kernels.latent_attention import paged_latent_attention
 from serval.kernels.norm import add_rms_norm, rms_norm
 from serval.kernels.received_mass import received_mass
 from serval.kernels.rope import rotary
+from serval.kernels.snapmla import fetch_snapmla, snapmla_attention, write_snapmla
 from serval.kernels.w4a8 import (
     PackedWeight,
     empty_packed_weight,
@@ -30,6 +31,7 @@ __all__ = [
     "PackedWeight",
     "add_rms_norm",
     "empty_packed_weight",
+    "fetch_snapmla",
     "grouped_linear",
     "hadamard",
     "linear",
@@ -45,9 +47,11 @@ __all__ = [
     "received_mass",
     "rms_norm",
     "rotary",
+    "snapmla_attention",
     "stack_weights",
     "swiglu",
     "unpack_weight",
     "write_cache",
     "write_cache_int8",
+    "write_snapmla",
 ]

@@ -7,7 +7,6 @@ import torch
 
 from serval.bench import kv
 from serval.bench.harness import Setup
-from serval.cache.layouts import LAYOUTS
 
 QUIET = {"note": lambda line: None}
 
@@ -26,7 +25,7 @@ def test_every_layout_answers_like_the_peer() -> None:
 
 def test_quick_cases_cover_the_registry() -> None:
     cases = kv.collect(Setup(quick=True, **QUIET))
-    assert len(cases) == 2 * len(LAYOUTS)
+    assert len(cases) == 2 * len(kv.layouts_for(kv.TINY))
     by_name = {case.case: case for case in cases}
     full, int8 = (by_name[f"{name}-tiny-attention-batch4-ctx96"] for name in ("full", "int8"))
     assert full.peer == "torch SDPA float32"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from serval.cache.layouts import LAYOUTS
+from serval.cache.layouts import LAYOUTS, layout_class
 from serval.cache.layouts.base import CacheView
 from serval.cache.layouts.full import FullLayout
 from serval.cache.memory import PagedMemory, cache_bytes_per_token
@@ -20,6 +20,15 @@ from serval.models.memory import CausalMemory
 GQA = AttentionSpec("gqa", 4, 2, 16, 16)
 MLA = AttentionSpec("mla", 4, 1, 24, 16, kv_lora_rank=32, qk_rope_head_dim=8)
 BLOCK = 8
+
+
+def spec_for(kv: str) -> AttentionSpec:
+    """A layer that the layout can hold."""
+    try:
+        layout_class(kv).check(GQA)
+    except CacheError:
+        return MLA
+    return GQA
 
 
 def memory_for(specs: list[AttentionSpec], kv: str | list[str] = "full", tokens: int = 256):
@@ -156,21 +165,31 @@ def test_budget() -> None:
 
 @pytest.mark.parametrize("kv", sorted(LAYOUTS))
 def test_storage_takes_the_bytes_it_announces(kv: str) -> None:
-    memory = memory_for([GQA, GQA], kv)
+    specs = [spec_for(kv)] * 2
+    memory = memory_for(specs, kv)
     (layout,) = memory.layouts
     blocks = memory.manager.groups[0].pool.num_blocks
-    per_token = cache_bytes_per_token([GQA, GQA], kv, torch.float32)
+    per_token = cache_bytes_per_token(specs, kv, torch.float32)
     assert memory.nbytes == layout.nbytes == blocks * BLOCK * per_token
     stored = sum(tensor.nbytes for tensors in layout.storage for tensor in tensors)
     assert stored == memory.nbytes
-    codes = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = codes.get(kv, torch.int8)
-    assert all(tensor.dtype == dtype for tensors in layout.storage for tensor in tensors[:2])
+    dtypes = {
+        "full": [torch.float32] * 2,
+        "bf16": [torch.bfloat16] * 2,
+        "fp16": [torch.float16] * 2,
+        "int8": [torch.int8, torch.int8, torch.float32, torch.float32],
+        "snapmla": [torch.uint8, torch.float32, torch.bfloat16],
+    }
+    for tensors in layout.storage:
+        found = [tensor.dtype for tensor in tensors]
+        assert found == dtypes.get(kv, found)
 
 
 def test_refusals_name_layout_and_feature() -> None:
     with pytest.raises(CacheError, match=r"int8.*MLA"):
         memory_for([MLA], "int8")
+    with pytest.raises(CacheError, match=r"snapmla.*'gqa'"):
+        memory_for([GQA], "snapmla")
     with pytest.raises(ConfigError, match="int9"):
         memory_for([GQA], "int9")
     with pytest.raises(CacheError, match="2 layouts"):
@@ -179,7 +198,7 @@ def test_refusals_name_layout_and_feature() -> None:
 
 @pytest.mark.parametrize("kv", sorted(LAYOUTS))
 def test_fork_block_copies_every_layer(kv: str) -> None:
-    memory = memory_for([GQA, GQA], kv)
+    memory = memory_for([spec_for(kv)] * 2, kv)
     (layout,) = memory.layouts
     for tensors in layout.storage:
         for tensor in tensors:

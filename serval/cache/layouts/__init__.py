@@ -33,6 +33,11 @@ LAYOUTS: dict[str, Entry] = {
         "serval.cache.layouts.int8:Int8Layout",
         "int8 keys and values, one scale per token and head",
     ),
+    "snapmla": Entry(
+        "serval.cache.layouts.snapmla:SnapMLALayout",
+        "FP8 latents with a scale per token and bfloat16 rotary keys, for MLA models",
+        "2602.10718",
+    ),
     "streaming": Entry(
         "serval.cache.layouts.streaming:StreamingLayout",
         "the first 4 tokens and the last 1020, in constant memory (sinks=, recent=)",

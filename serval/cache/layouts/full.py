@@ -116,19 +116,14 @@ class FullLayout(Layout):
 
     @staticmethod
     def _materialise_from(nope: int, kv_b: Tensor) -> float:
-        """Queries per sequence from which expanding the latents is the cheaper form."""
-        _, width, rank = kv_b.shape
-        saved = 2 * rank - width
-        return width * rank / saved if saved > 0 else float("inf")
+        return materialise_from(kv_b)
 
     @staticmethod
     def _absorbed(
         rows: Tensor, view: CacheView, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, scale: float
     ) -> Tensor:
-        w_k, w_v = kv_b[:, : q_nope.shape[-1]], kv_b[:, q_nope.shape[-1] :]  # [H, Dn|Dv, C]
-        q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)  # [T, H, C]
         o = kernels.paged_latent_attention(
-            q_latent.contiguous(),
+            absorb(q_nope, kv_b),
             q_rope.contiguous(),
             rows,
             view.block_tables,
@@ -136,7 +131,7 @@ class FullLayout(Layout):
             view.query_starts,
             scale,
         )
-        return torch.bmm(o.transpose(0, 1), w_v.transpose(1, 2)).transpose(0, 1)  # [T, H, Dv]
+        return expand(o, kv_b, kv_b.shape[1] - q_nope.shape[-1])
 
     def _materialised(
         self,
@@ -148,17 +143,46 @@ class FullLayout(Layout):
         kv_b: Tensor,
         scale: float,
     ) -> Tensor:
-        length, rank = view.lengths[n], kv_b.shape[-1]
+        length = view.lengths[n]
         blocks = view.block_tables[n, : -(-length // self.block_size)].long()
         stored = rows[blocks].flatten(0, 1)[:length].to(kv_b.dtype)  # [L, C + R]
-        q, k, v = materialise_latent(q_nope, q_rope, stored[:, :rank], stored[:, rank:], kv_b)
-        value_width = v.shape[-1]
-        v = F.pad(v, (0, max(0, k.shape[-1] - value_width)))  # the fused kernels want equal widths
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        if q.shape[2] == length:
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        else:
-            row = torch.arange(length - q.shape[2], length, device=q.device)
-            seen = torch.arange(length, device=q.device)[None, :] <= row[:, None]
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-        return o[0].transpose(0, 1)[..., :value_width]
+        return attend_materialised(stored, q_nope, q_rope, kv_b, scale)
+
+
+def materialise_from(kv_b: Tensor) -> float:
+    """Queries per sequence from which expanding the latents is the cheaper form. kv_b: [H, Dn + Dv,
+    C]."""
+    _, width, rank = kv_b.shape
+    saved = 2 * rank - width
+    return width * rank / saved if saved > 0 else float("inf")
+
+
+def absorb(q_nope: Tensor, kv_b: Tensor) -> Tensor:
+    """Fold W_UK into q_nope [T, H, Dn]: [T, H, C]. kv_b: [H, Dn + Dv, C]."""
+    w_k = kv_b[:, : q_nope.shape[-1]]
+    return torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1).contiguous()
+
+
+def expand(o: Tensor, kv_b: Tensor, v_head_dim: int) -> Tensor:
+    """Apply W_UV to latent outputs o [T, H, C]: [T, H, Dv]."""
+    w_v = kv_b[:, kv_b.shape[1] - v_head_dim :]
+    return torch.bmm(o.transpose(0, 1), w_v.transpose(1, 2)).transpose(0, 1)
+
+
+def attend_materialised(
+    stored: Tensor, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor, scale: float
+) -> Tensor:
+    """Causal attention of a sequence's last n tokens, q_nope [n, H, Dn] and q_rope [n, H, R], over
+    its rows `stored` [L, C + R], expanded into keys and values per head. Returns [n, H, Dv]."""
+    length, rank = stored.shape[0], kv_b.shape[-1]
+    q, k, v = materialise_latent(q_nope, q_rope, stored[:, :rank], stored[:, rank:], kv_b)
+    value_width = v.shape[-1]
+    v = F.pad(v, (0, max(0, k.shape[-1] - value_width)))  # the fused kernels want equal widths
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    if q.shape[2] == length:
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        row = torch.arange(length - q.shape[2], length, device=q.device)
+        seen = torch.arange(length, device=q.device)[None, :] <= row[:, None]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return o[0].transpose(0, 1)[..., :value_width]
