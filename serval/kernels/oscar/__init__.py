@@ -2,17 +2,28 @@
 
 Serves OScaR (arXiv:2605.19660), KIVI (arXiv:2402.02750) and plain per-token caches; see format.py
 for the storage and reference.py for the equations.
+
+Floors of a decode step, per stored token: `bytes_per_token` bytes are read once (772.5 for 8 heads
+of 128 at 2 bits, where 16 bits take 4096), and 2 H D integer multiply-adds are done for the two
+products (8192 for 32 query heads). On CPUs the second counts as much as the first: float arithmetic
+on unpacked codes would lose to a 16-bit cache, so codes meet 8-bit integers in `vpdpbusd` (AVX-512
+VNNI, AVX-VNNI) or `vpmaddubsw` (AVX2). The group's scales are folded into the query (keys) or the
+probabilities (values) before these are rounded to 8 bits; codes are taken relative to their middle,
+and what middles contribute is computed in float. The rounding adds an error far below the cache's
+own: tests/kernels/test_oscar_attend.py.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from serval.errors import CacheError
-from serval.kernels import pages
+from serval.kernels import jit, pages
 from serval.kernels.oscar import reference
 from serval.kernels.oscar.format import GROUP, QuantizedKV, bytes_per_token, shapes
 
@@ -26,6 +37,42 @@ __all__ = [
     "shapes",
     "store",
 ]
+
+FEW = 8  # query rows of a sequence up to which reading packed codes is the faster way
+PIECE = 1024  # tokens dequantised at a time for more rows
+
+_STORE = jit.Kernel("oscar", "oscar_store", "pppp ppp l i")
+_FETCH = jit.Kernel("oscar", "oscar_fetch", "pppp pl pp i")
+_ATTEND = jit.Kernel("oscar", "oscar_attend", "pppp pl pl ppp l pp p ll f p pp i")
+
+
+@functools.lru_cache(maxsize=64)
+def _format(fmt: QuantizedKV, per_block: int, blocks: int) -> ctypes.Array[ctypes.c_int64]:
+    """`Format` of record.h."""
+    numbers = (
+        fmt.num_key_value_heads, fmt.head_dim, fmt.v_head_dim, fmt.key_bits, fmt.value_bits,
+        fmt.zero == "min", fmt.keys == "token", fmt.norms,
+        *fmt.offsets, fmt.record_bytes, per_block, blocks,
+    )  # fmt: skip
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _pointers(fmt: QuantizedKV, storage: list[Tensor]) -> tuple[int, int, int, int | None]:
+    """The leading arguments of every C function."""
+    made = _format(fmt, storage[0].shape[2], storage[0].shape[0])
+    norms = storage[2].data_ptr() if fmt.norms else None
+    return ctypes.addressof(made), storage[0].data_ptr(), storage[1].data_ptr(), norms
+
+
+def _function(
+    kernel: jit.Kernel, fmt: QuantizedKV, storage: list[Tensor], *tensors: Tensor
+) -> jit.Function | None:
+    """The C function, None when it does not cover the format or where the tensors are."""
+    if fmt.head_dim % 16 or fmt.v_head_dim % 16 or max(fmt.head_dim, fmt.v_head_dim) > 512:
+        return None
+    if any(x.device.type != "cpu" for x in (*storage, *tensors)):
+        return None
+    return kernel.get() if all(x.is_contiguous() for x in storage) else None
 
 
 def allocate(
@@ -57,6 +104,11 @@ def _check_rows(fmt: QuantizedKV, k: Tensor, v: Tensor, block_ids: Tensor, size:
             )
 
 
+def _dense(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`x` contiguous and of the dtype, without a copy when it is already."""
+    return x.detach().to(dtype).contiguous()
+
+
 def store(fmt: QuantizedKV, k: Tensor, v: Tensor, block_ids: Tensor, storage: list[Tensor]) -> None:
     """Quantise tokens into whole blocks.
 
@@ -72,7 +124,15 @@ def store(fmt: QuantizedKV, k: Tensor, v: Tensor, block_ids: Tensor, storage: li
     size = storage[0].shape[2] * GROUP
     _check_rows(fmt, k, v, block_ids, size)
     _check_blocks(block_ids, storage)
-    reference.store(fmt, k, v, block_ids, storage)
+    function = _function(_STORE, fmt, storage, k, v, block_ids)
+    if function is None:
+        reference.store(fmt, k, v, block_ids, storage)
+        return
+    k, v, ids = _dense(k), _dense(v), _dense(block_ids, torch.int32)
+    function(
+        *_pointers(fmt, storage), k.data_ptr(), v.data_ptr(), ids.data_ptr(), ids.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _check_blocks(block_ids: Tensor, storage: list[Tensor]) -> None:
@@ -99,7 +159,17 @@ def fetch(
             f"fetch got {block_ids.shape[0]} blocks of {size} tokens for {count} tokens"
         )
     _check_blocks(block_ids[:used], storage)
-    return reference.fetch(fmt, storage, block_ids, count)
+    function = _function(_FETCH, fmt, storage, block_ids)
+    if function is None:
+        return reference.fetch(fmt, storage, block_ids, count)
+    ids = _dense(block_ids, torch.int32)
+    k = torch.empty(count, fmt.num_key_value_heads, fmt.head_dim)
+    v = torch.empty(count, fmt.num_key_value_heads, fmt.v_head_dim)
+    function(
+        *_pointers(fmt, storage), ids.data_ptr(), count, k.data_ptr(), v.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return k, v
 
 
 def attend(
@@ -135,7 +205,66 @@ def attend(
     Returns: o [T, H, Dv] and lse [T, H], the log of the softmax denominator, in float32; without
     any token o is 0 and lse -inf. Raises CacheError when lengths or block ids do not fit.
     """
-    return reference.attend(
-        fmt, q, storage, block_tables, stored, residual_k, residual_v, states, lengths, scale,
-        sinks, query_starts,
+    if query_starts is None:
+        query_starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+        few = True
+    else:
+        few = int((query_starts[1:] - query_starts[:-1]).max()) <= FEW if len(stored) else True
+    tensors = [x for x in (q, residual_k, residual_v, states, block_tables) if x is not None]
+    function = _function(_ATTEND, fmt, storage, *tensors) if few else None
+    if function is None:
+        return reference.attend(
+            fmt, q, storage, block_tables, stored, residual_k, residual_v, states, lengths, scale,
+            sinks, query_starts, piece=PIECE, fetch=fetch,
+        )  # fmt: skip
+    return _attend(
+        function, fmt, q, storage, block_tables, stored, residual_k, residual_v, states, lengths,
+        scale, sinks, query_starts,
     )  # fmt: skip
+
+
+def _attend(
+    function: jit.Function,
+    fmt: QuantizedKV,
+    q: Tensor,
+    storage: list[Tensor],
+    block_tables: Tensor,
+    stored: Tensor,
+    residual_k: Tensor | None,
+    residual_v: Tensor | None,
+    states: Tensor | None,
+    lengths: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    query_starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    whole = torch.int32
+    rows, heads, _ = q.shape
+    q, tables = _dense(q), _dense(block_tables, whole)
+    stored, lengths, starts = (_dense(x, whole) for x in (stored, lengths, query_starts))
+    slots, capacity = (0, 0) if residual_k is None else residual_k.shape[:2]
+    exact = [None if x is None else _dense(x) for x in (residual_k, residual_v)]
+    states = None if states is None else _dense(states, whole)
+    sinks = None if sinks is None else _dense(sinks)
+    o = torch.empty(rows, heads, fmt.v_head_dim)
+    lse = torch.empty(rows, heads)
+    status = function(
+        *_pointers(fmt, storage), q.data_ptr(), heads, tables.data_ptr(), tables.shape[1],
+        stored.data_ptr(), lengths.data_ptr(), starts.data_ptr(), len(stored),
+        *(None if x is None else x.data_ptr() for x in exact),
+        None if states is None else states.data_ptr(), slots, capacity, scale,
+        None if sinks is None else sinks.data_ptr(), o.data_ptr(), lse.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        blocks, per_block = storage[0].shape[0], storage[0].shape[2] * GROUP
+        raise CacheError(
+            {
+                1: f"stored {stored.tolist()} and lengths {lengths.tolist()} do not fit blocks of "
+                f"{per_block} tokens, tables of width {tables.shape[1]} and {capacity} exact rows",
+                2: f"block_tables name blocks from {int(tables.min())} to {int(tables.max())}; "
+                f"the cache has blocks 0 to {blocks - 1}",
+                3: f"states are missing or beyond the {slots} slots of exact rows",
+            }[status]
+        )
+    return o, lse

@@ -15,6 +15,8 @@ z may lie outside 0..L. A constant group has s = 0 and m = its number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -129,7 +131,7 @@ def quantize(fmt: QuantizedKV, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     """
     heads = fmt.num_key_value_heads
     norms = token_norms(k) if fmt.norms else torch.ones(k.shape[0], device=k.device)
-    u = k.float() / norms[:, None, None]
+    u = k.float() * norms.reciprocal()[:, None, None]
     u = u.view(-1, GROUP, heads, fmt.head_dim).transpose(1, 2)  # [records, heads, tokens, D]
     w = v.float().view(-1, GROUP, heads, fmt.v_head_dim).transpose(1, 2)
     record = torch.zeros(*u.shape[:2], fmt.record_bytes, dtype=torch.uint8, device=k.device)
@@ -227,24 +229,26 @@ def fetch(
     return k[:count], v[:count]
 
 
-def attend_exact(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def attend_exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every query of q [T, H, D] over every key k [L, Hkv, D], v [L, Hkv, Dv], in q's dtype.
 
-    Returns o [T, H, Dv] and the log of the softmax denominator [T, H] (-inf without keys).
+    Returns o [T, H, Dv] and lse [T, H], the log of the softmax denominator.
     """
-    rows, heads, _ = q.shape
-    grouped = q.view(rows, k.shape[1], -1, q.shape[2])
-    scores = torch.einsum("tgrd,lgd->tgrl", grouped, k).flatten(1, 2) * scale
-    if sinks is not None:
-        extra = sinks.to(scores.dtype)[None, :, None].expand(rows, heads, 1)
-        lse = torch.cat([scores, extra], -1).logsumexp(-1)
-    else:
-        lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
-    o = torch.einsum("tgrl,lgd->tgrd", weights.view(rows, k.shape[1], -1, k.shape[0]), v)
-    return o.flatten(1, 2), lse
+    rows, heads, dim = q.shape
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    wide = q.view(rows, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+    scores = wide @ k.permute(1, 2, 0) * scale  # [Hkv, group T, L]
+    lse = scores.logsumexp(-1)
+    o = (scores - lse[..., None]).exp() @ v.transpose(0, 1)
+    o = o.view(kv_heads, group, rows, -1).permute(2, 0, 1, 3).reshape(rows, heads, -1)
+    return o, lse.view(heads, rows).T
+
+
+def merge(o: Tensor, lse: Tensor, more_o: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of tokens from the parts' outputs [T, H, Dv] and lse [T, H]."""
+    total = torch.logaddexp(lse, more_lse)
+    base = total.where(total.isfinite(), torch.zeros_like(total))
+    return o * (lse - base).exp()[..., None] + more_o * (more_lse - base).exp()[..., None], total
 
 
 def attend(
@@ -260,20 +264,33 @@ def attend(
     scale: float,
     sinks: Tensor | None = None,
     query_starts: Tensor | None = None,
+    piece: int = 1 << 30,
+    fetch: Callable[..., tuple[Tensor, Tensor]] = fetch,
 ) -> tuple[Tensor, Tensor]:
-    """As `serval.kernels.oscar.attend`, on the dequantised cache."""
+    """As `serval.kernels.oscar.attend`, on the dequantised cache, about `piece` tokens at a
+    time."""
     starts = range(q.shape[0] + 1) if query_starts is None else query_starts.tolist()
+    size = storage[0].shape[2] * GROUP
+    step = -(-piece // size)  # blocks
     o = q.new_zeros(q.shape[0], q.shape[1], fmt.v_head_dim, dtype=torch.float32)
     lse = o.new_full(q.shape[:2], float("-inf"))
+    if sinks is not None:
+        lse = lse.logaddexp(sinks.float())
     for n, (packed, length) in enumerate(zip(stored.tolist(), lengths.tolist(), strict=True)):
         mine = slice(starts[n], starts[n + 1])
-        k, v = fetch(fmt, storage, block_tables[n], packed)
+        rows, state = q[mine].float(), (o[mine], lse[mine])
+        if not len(rows):
+            continue
+        for first in range(0, packed // size, step):
+            blocks = block_tables[n, first : min(first + step, packed // size)]
+            k, v = fetch(fmt, storage, blocks, len(blocks) * size)
+            state = merge(*state, *attend_exact(rows, k, v, scale))
         if length > packed:
             assert residual_k is not None
             assert residual_v is not None
             assert states is not None
-            rows = torch.arange(packed, length, device=q.device) % residual_k.shape[1]
-            k = torch.cat([k, residual_k[states[n].long(), rows].float()])
-            v = torch.cat([v, residual_v[states[n].long(), rows].float()])
-        o[mine], lse[mine] = attend_exact(q[mine].float(), k, v, scale, sinks)
+            place = torch.arange(packed, length, device=q.device) % residual_k.shape[1]
+            k, v = (x[states[n].long(), place].float() for x in (residual_k, residual_v))
+            state = merge(*state, *attend_exact(rows, k, v, scale))
+        o[mine], lse[mine] = state
     return o, lse

@@ -1,0 +1,52 @@
+// Low-bit key-value caches: quantise and pack, unpack, and attention over packed codes. Floors in __init__.py.
+#include "attend.h"
+#include "store.h"
+
+static bool usable(const Format& f) {
+  return f.k_dim % 16 == 0 && f.v_dim % 16 == 0 && f.k_dim <= MAX_DIM && f.v_dim <= MAX_DIM;
+}
+
+// k, v [n, heads, dim] dense, n = blocks * block size. Block ids are checked by the caller. Returns 0, or 9: head dims that
+// this code does not cover.
+EXPORT int oscar_store(const Format* format, uint8_t* records, uint8_t* exponents, float* norms, const float* k, const float* v,
+                       const int32_t* block_ids, int64_t count, int threads) {
+  const Format& f = *format;
+  if (!usable(f)) return 9;
+  const Storage s{records, exponents, norms};
+  parallel_for(count * f.per_block, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t block = block_ids[i / f.per_block], index = i % f.per_block;
+      store_record(f, k, v, i * GROUP, f.record(block_ids, i), s, block, index);
+    }
+  });
+  return 0;
+}
+
+// The first `count` tokens of the blocks to k, v [count, heads, dim] dense.
+EXPORT int oscar_fetch(const Format* format, uint8_t* records, uint8_t* exponents, float* norms, const int32_t* block_ids,
+                       int64_t count, float* k, float* v, int threads) {
+  const Format& f = *format;
+  if (!usable(f)) return 9;
+  const Storage s{records, exponents, norms};
+  const int64_t k_row = f.heads * f.k_dim, v_row = f.heads * f.v_dim;
+  parallel_for((count + GROUP - 1) / GROUP, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t block = block_ids[i / f.per_block], index = i % f.per_block, first = i * GROUP;
+      const float* scales = f.norms ? norms + (block * f.per_block + index) * GROUP : nullptr;
+      for (int64_t h = 0; h < f.heads; h++)
+        fetch_record(f, s, f.record(block_ids, i) + h * f.per_block, scales, std::min(GROUP, count - first),
+                     k + first * k_row + h * f.k_dim, k_row, v + first * v_row + h * f.v_dim, v_row);
+    }
+  });
+  return 0;
+}
+
+EXPORT int oscar_attend(const Format* format, uint8_t* records, uint8_t* exponents, float* norms, const float* q, int64_t heads,
+                        const int32_t* tables, int64_t width, const int32_t* stored, const int32_t* lens, const int32_t* starts,
+                        int64_t sequences, const float* residual_k, const float* residual_v, const int32_t* states,
+                        int64_t slots, int64_t capacity, float scale, const float* sinks, float* out, float* lse, int threads) {
+  if (!usable(*format)) return 9;
+  const Call c{*format, {records, exponents, norms}, heads, tables, stored, lens, starts, states, width, sequences,
+               residual_k, residual_v, slots, capacity, sinks, out, lse};
+  return attend_packed(c, q, scale, threads);
+}
