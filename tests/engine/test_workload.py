@@ -26,10 +26,31 @@ from .helpers import greedy, tiny_decoder, tiny_llm
     kv=st.sampled_from(["full", "bf16", "int8", ["full", "int8"], ["fp16", "full"]]),
 )
 def test_random_traffic(seed, spare, block, batch, sequences, prefix_caching, kv) -> None:
+    random_traffic("gqa", seed, spare, block, batch, sequences, prefix_caching, kv)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    spare=st.integers(0, 12),
+    block=st.sampled_from([1, 4, 7, 64, 128]),
+    batch=st.integers(6, 40),
+    sequences=st.integers(2, 6),
+    prefix_caching=st.booleans(),
+    kv=st.sampled_from(["full", "snapmla", "snapmla:config=a,fp8_queries=2", ["snapmla", "full"]]),
+)
+def test_random_traffic_of_latents(
+    seed, spare, block, batch, sequences, prefix_caching, kv
+) -> None:
+    random_traffic("mla", seed, spare, block, batch, sequences, prefix_caching, kv)
+
+
+def random_traffic(model, seed, spare, block, batch, sequences, prefix_caching, kv) -> None:
     rng = random.Random(seed)
     longest = 44
-    unit = tiny_llm(kv=kv, block_size=block).memory.block_bytes
+    unit = tiny_llm(model, kv=kv, block_size=block).memory.block_bytes
     llm = tiny_llm(
+        model,
         kv=kv,
         block_size=block,
         cache_bytes=unit * (-(-longest // block) + spare),
