@@ -188,6 +188,59 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("inspect.html"),
+    pictures: Annotated[
+        Path | None, typer.Option(help="Also write every figure as PNG into this folder.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text: a folder, file or JSONL (default: held-out text).")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
+    sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    rate_sequences: Annotated[
+        int, typer.Option(help="Sequences of 64 tokens for the sink rate.")
+    ] = 100,
+    epsilon: Annotated[float, typer.Option(help="Weight from which a token is a sink.")] = 0.3,
+    tau: Annotated[
+        float | None, typer.Option(help="Times the mean mass that make a sink (default: tokens/8).")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of the quantised cache that is tried.")] = 2,
+    json_path: Json = None,
+    seed: Annotated[int, typer.Option(help="Which parts of the text.")] = 0,
+) -> None:
+    """Show where a model's attention goes: sinks, outliers, and what depends on them."""
+    from serval.analyze import InspectOptions, report, run
+    from serval.evaluate.progress import progress_bar
+    from serval.evaluate.report import write_json
+
+    options = InspectOptions(
+        model,
+        text=text,
+        text_field=text_field,
+        sequences=sequences,
+        tokens=tokens,
+        rate_sequences=rate_sequences,
+        epsilon=epsilon,
+        tau=tau,
+        bits=bits,
+        seed=seed,
+    )
+    with progress_bar(Console(stderr=True)) as progress:
+        result = run(options, progress)
+    for line in report.summary(result):
+        print(line)
+    print(f"wrote {report.write(result, out)}")
+    if pictures is not None:
+        for path in report.write_pictures(result, pictures):
+            print(f"wrote {path}")
+    if json_path is not None:
+        write_json(result.to_dict(), json_path)
+
+
+@app.command()
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write.")],

@@ -19,13 +19,13 @@ _INK, _GRID = "#30343f", "#e4e7ec"
 def heatmaps(cells: Sequence[Cell], title: str = "") -> bytes:
     """One panel per task: exact match by context length (across) and depth (down)."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    figure = _figure(width=max(4.5, 3.1 * len(tasks) + 0.8), height=3.3)
+    figure = new_figure(width=max(4.5, 3.1 * len(tasks) + 0.8), height=3.3)
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     for index, (task, axis) in enumerate(zip(tasks, axes, strict=True)):
         _heatmap(axis, [cell for cell in cells if cell.task == task], task, first=index == 0)
     if title:
         figure.suptitle(title, color=_INK, fontsize=11, fontweight="bold")
-    return _png(figure)
+    return png(figure)
 
 
 def _heatmap(axis: Axes, cells: Sequence[Cell], task: str, *, first: bool) -> None:
@@ -51,14 +51,14 @@ def _heatmap(axis: Axes, cells: Sequence[Cell], task: str, *, first: bool) -> No
 
 def bars(values: Mapping[str, float], title: str, unit: str = "", digits: int = 1) -> bytes:
     """One bar per name, its value above it."""
-    figure = _figure(width=max(5.2, 1.1 * len(values)), height=2.9)
+    figure = new_figure(width=max(5.2, 1.1 * len(values)), height=2.9)
     axis = figure.subplots()
     colours = [PALETTE[i % len(PALETTE)] for i in range(len(values))]
     drawn = axis.bar(range(len(values)), list(values.values()), width=0.6, color=colours)
     axis.bar_label(drawn, [f"{v:,.{digits}f}" for v in values.values()], fontsize=9, padding=2)
     axis.set_xticks(range(len(values)), list(values), fontsize=8)
     _plain(axis, title, unit)
-    return _png(figure)
+    return png(figure)
 
 
 def grouped_bars(
@@ -67,7 +67,7 @@ def grouped_bars(
     """groups: label -> {series: value}; one cluster of bars per label, one colour per series."""
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.8 / max(1, len(series))
-    figure = _figure(width=max(5.2, 0.65 * len(groups) * len(series)), height=2.9)
+    figure = new_figure(width=max(5.2, 0.65 * len(groups) * len(series)), height=2.9)
     axis = figure.subplots()
     for index, name in enumerate(series):
         heights = [values.get(name, float("nan")) for values in groups.values()]
@@ -79,7 +79,7 @@ def grouped_bars(
     axis.set_xticks(range(len(groups)), list(groups), fontsize=9)
     axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     _plain(axis, title, unit)
-    return _png(figure)
+    return png(figure)
 
 
 def _plain(axis: Axes, title: str, unit: str) -> None:
@@ -92,13 +92,13 @@ def _plain(axis: Axes, title: str, unit: str) -> None:
     axis.tick_params(length=0, labelcolor=_INK)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

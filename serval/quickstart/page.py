@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import html
-import os
-import platform
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 
-import torch
-
-from serval import __version__
 from serval.evaluate import plots
+from serval.evaluate.html import image, page, provenance, text
 from serval.quickstart.measures import Measure, shown
 from serval.quickstart.variants import BATCHES, Outcome
 
@@ -38,8 +30,8 @@ def render(
 ) -> str:
     """The page as HTML text."""
     parts = [
-        f"<header><h1>{_text(model)}, compressed with Serval</h1>"
-        f"<p>{_text(_machine(seconds))}</p></header>",
+        f"<header><h1>{text(model)}, compressed with Serval</h1>"
+        f"<p>{text(provenance(seconds))}</p></header>",
         _cards(outcomes),
         f"<section><h2>Before and after</h2>{_table(outcomes)}"
         '<p class="note">Changes are against the first column. Quality is measured on text held '
@@ -53,24 +45,17 @@ def render(
     if completion is not None:
         parts.append(
             "<section><h2>Served</h2>"
-            f"<p><code>{_text(completion.command)}</code> answered after "
+            f"<p><code>{text(completion.command)}</code> answered after "
             f"{completion.startup_seconds:.1f} s; a greedy completion from "
             "<code>/v1/completions</code>:</p>"
-            f"<pre><b>{_text(completion.prompt)}</b>{_text(completion.text)}</pre></section>"
+            f"<pre><b>{text(completion.prompt)}</b>{text(completion.text)}</pre></section>"
         )
     rows = "".join(
-        f"<tr><td>{_text(what)}</td><td><code>{_text(command)}</code></td></tr>"
+        f"<tr><td>{text(what)}</td><td><code>{text(command)}</code></td></tr>"
         for what, command in next_commands
     )
     parts.append(f"<section><h2>Next</h2><table class='next'>{rows}</table></section>")
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    body = "\n".join(parts)
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>Serval: {_text(model)}</title><style>{style}</style></head>"
-        f"<body><main>{body}</main></body></html>\n"
-    )
+    return page(f"Serval: {model}", "\n".join(parts))
 
 
 def _cards(outcomes: Sequence[Outcome]) -> str:
@@ -82,7 +67,7 @@ def _cards(outcomes: Sequence[Outcome]) -> str:
         change = measure.difference(last, base)
         if change and measure.label in _HEADLINES:
             cards.append(
-                f"<div class='card'><b>{_text(change)}</b><span>{_text(measure.label)}</span></div>"
+                f"<div class='card'><b>{text(change)}</b><span>{text(measure.label)}</span></div>"
             )
     if not cards:
         return ""
@@ -99,29 +84,29 @@ _HEADLINES = {
 
 
 def _table(outcomes: Sequence[Outcome]) -> str:
-    heads = "".join(f"<th>{_text(o.variant.name)}</th>" for o in outcomes)
+    heads = "".join(f"<th>{text(o.variant.name)}</th>" for o in outcomes)
     rows, group = [], ""
     for measure in shown(outcomes):
         if measure.group != group:
             group = measure.group
             rows.append(
-                f"<tr class='group'><th colspan='{len(outcomes) + 1}'>{_text(group)}</th></tr>"
+                f"<tr class='group'><th colspan='{len(outcomes) + 1}'>{text(group)}</th></tr>"
             )
         cells = "".join(f"<td>{_cell(measure, o, outcomes[0])}</td>" for o in outcomes)
-        rows.append(f"<tr><th>{_text(measure.label)}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{text(measure.label)}</th>{cells}</tr>")
     return f"<table class='numbers'><tr><th></th>{heads}</tr>{''.join(rows)}</table>"
 
 
 def _cell(measure: Measure, outcome: Outcome, base: Outcome) -> str:
     change = measure.difference(outcome, base)
-    note = f"<small>{_text(change)}</small>" if change else ""
-    return _text(measure.cell(outcome)) + note
+    note = f"<small>{text(change)}</small>" if change else ""
+    return text(measure.cell(outcome)) + note
 
 
 def _memory(outcomes: Sequence[Outcome]) -> str:
     weights = {o.variant.name.replace(" + ", "\n+ "): o.weight_bytes / 1e6 for o in outcomes}
     cache = {o.variant.name.replace(" + ", "\n+ "): o.cache_bytes_per_token for o in outcomes}
-    return _image(plots.bars(weights, "Weights in memory", "MB", 1), "weights in memory") + _image(
+    return image(plots.bars(weights, "Weights in memory", "MB", 1), "weights in memory") + image(
         plots.bars(cache, "Cache per token", "bytes", 0), "cache bytes per token"
     )
 
@@ -131,7 +116,7 @@ def _speed(outcomes: Sequence[Outcome]) -> str:
     for kind in ("prefill", "decode"):
         groups = {f"batch {batch}": _tokens_per_second(outcomes, kind, batch) for batch in BATCHES}
         title = f"{kind.capitalize()}, tokens per second"
-        pictures.append(_image(plots.grouped_bars(groups, title), title))
+        pictures.append(image(plots.grouped_bars(groups, title), title))
     return "".join(pictures)
 
 
@@ -146,7 +131,7 @@ def _tokens_per_second(outcomes: Sequence[Outcome], kind: str, batch: int) -> di
 
 def _retrieval(outcomes: Sequence[Outcome]) -> str:
     pictures = [
-        _image(plots.heatmaps(o.quality.cells, o.variant.name), f"retrieval, {o.variant.name}")
+        image(plots.heatmaps(o.quality.cells, o.variant.name), f"retrieval, {o.variant.name}")
         for o in outcomes
         if o.quality.cells
     ]
@@ -157,31 +142,3 @@ def _retrieval(outcomes: Sequence[Outcome]) -> str:
         "<p>A fact is hidden at some depth of a long context; exact match of the greedy answer, "
         f"%.</p><div class='row'>{''.join(pictures)}</div></section>"
     )
-
-
-def _image(png: bytes, description: str) -> str:
-    data = b64encode(png).decode("ascii")
-    return f"<img alt='{_text(description)}' src='data:image/png;base64,{data}'>"
-
-
-def _machine(seconds: float) -> str:
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    when = datetime.now().strftime("%Y-%m-%d %H:%M")
-    return (
-        f"{when} · {_processor()} · {cores} · PyTorch {torch.__version__} · "
-        f"Serval {__version__} · {seconds:.0f} s in all"
-    )
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
