@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from serval.errors import ConfigError
 from serval.models.decoder import Decoder
 from serval.models.layers import shared_input
+from serval.models.value_rotation import restore_values
 from serval.optim.groups import Role
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -204,6 +205,7 @@ def add_adapters(decoder: Decoder, options: LoraOptions) -> list[str]:
             raise ConfigError(
                 f"adapter target {target!r}: {why}; choose from: {', '.join(leaves)}, or 'all'"
             )
+    restore_values(decoder)  # adapters belong to the basis of the checkpoint
     chosen = [
         name
         for name in linears

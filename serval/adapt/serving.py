@@ -24,6 +24,7 @@ from serval.errors import ConfigError
 from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
 from serval.models.layers import shared_input
+from serval.models.value_rotation import restore_values
 
 
 class Route:
@@ -119,6 +120,7 @@ class AdapterBank:
         self._index = {name: number for number, name in enumerate(paths, 1)}
         self.route = Route()
         read = [read_adapter(path, decoder) for path in paths.values()]
+        restore_values(decoder)  # adapters belong to the basis of the checkpoint
         _install(decoder, read, self.route)
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
 

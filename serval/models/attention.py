@@ -37,7 +37,12 @@ class AttentionSpec:
 
 class GroupedQueryAttention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245), with optional per-head q/k RMSNorm (Qwen3),
-    biases, sliding window and learned sink logits (gpt-oss)."""
+    biases, sliding window and learned sink logits (gpt-oss).
+
+    values_rotated: whether v_proj and o_proj work in the basis of `models.value_rotation`.
+    """
+
+    values_rotated = False
 
     def __init__(self, config: ModelConfig, layer: int, index: int) -> None:
         super().__init__()

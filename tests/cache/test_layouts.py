@@ -11,7 +11,12 @@ import torch
 from serval.cache.layouts import LAYOUTS, layout_class
 from serval.cache.layouts.base import CacheView
 from serval.cache.layouts.full import FullLayout
-from serval.cache.memory import PagedMemory, cache_bytes_per_token
+from serval.cache.memory import (
+    PagedMemory,
+    cache_budget,
+    cache_bytes_per_token,
+    cache_state_bytes,
+)
 from serval.errors import CacheError, ConfigError
 from serval.kernels import pages
 from serval.models.attention import AttentionSpec
@@ -31,9 +36,21 @@ def spec_for(kv: str) -> AttentionSpec:
     return GQA
 
 
+def block_for(kv: str | list[str]) -> int:
+    """A block size that the layout can hold."""
+    try:
+        layout_class(kv if isinstance(kv, str) else kv[0]).check_block_size(BLOCK)
+    except CacheError:
+        return 32
+    return BLOCK
+
+
 def memory_for(specs: list[AttentionSpec], kv: str | list[str] = "full", tokens: int = 256):
-    size = cache_bytes_per_token(specs, kv, torch.float32) * tokens
-    return PagedMemory(specs, kv, cache_bytes=size, max_model_len=tokens, block_size=BLOCK)
+    block = block_for(kv)
+    size = cache_budget(
+        specs, kv, torch.float32, blocks=tokens // block, block_size=block, sequences=8
+    )
+    return PagedMemory(specs, kv, cache_bytes=size, max_model_len=tokens, block_size=block)
 
 
 def views(memory: PagedMemory, caches: list, counts: list[int]) -> list[CacheView]:
@@ -170,9 +187,10 @@ def test_storage_takes_the_bytes_it_announces(kv: str) -> None:
     (layout,) = memory.layouts
     blocks = memory.manager.groups[0].pool.num_blocks
     per_token = cache_bytes_per_token(specs, kv, torch.float32)
-    assert memory.nbytes == layout.nbytes == blocks * BLOCK * per_token
     stored = sum(tensor.nbytes for tensors in layout.storage for tensor in tensors)
-    assert stored == memory.nbytes
+    assert stored == blocks * block_for(kv) * per_token
+    states = 8 * cache_state_bytes(specs, kv, torch.float32)
+    assert memory.nbytes == layout.nbytes == stored + states
     dtypes = {
         "full": [torch.float32] * 2,
         "bf16": [torch.bfloat16] * 2,

@@ -33,6 +33,24 @@ LAYOUTS: dict[str, Entry] = {
         "serval.cache.layouts.int8:Int8Layout",
         "int8 keys and values, one scale per token and head",
     ),
+    "oscar": Entry(
+        "serval.cache.layouts.oscar:OScaRLayout",
+        "2 bits (bits=4): rotated keys per channel and norms per token, the last 128 tokens exact",
+        "2605.19660",
+    ),
+    "kivi": Entry(
+        "serval.cache.layouts.oscar:KiviLayout",
+        "2 bits (bits=4): keys per channel, values per token, the last 128 tokens exact",
+        "2402.02750",
+    ),
+    "int4": Entry(
+        "serval.cache.layouts.oscar:PerTokenInt4Layout",
+        "4 bits, one scale per token and 32 channels, the last 128 tokens exact",
+    ),
+    "int2": Entry(
+        "serval.cache.layouts.oscar:PerTokenInt2Layout",
+        "2 bits, one scale per token and 32 channels, the last 128 tokens exact",
+    ),
     "snapmla": Entry(
         "serval.cache.layouts.snapmla:SnapMLALayout",
         "FP8 latents with a scale per token and bfloat16 rotary keys, for MLA models",
