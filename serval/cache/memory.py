@@ -25,6 +25,7 @@ from serval.errors import CacheError
 from serval.models.attention import AttentionSpec
 from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
+from serval.models.memory import Weights
 
 
 class PagedMemory:
@@ -167,9 +168,12 @@ class PagedMemory:
         *,
         window: int | None = None,
         sinks: Tensor | None = None,
+        weights: Weights | None = None,
     ) -> Tensor:
         """See `serval.models.memory.Memory.attend`."""
         group, layout, slot = self._place[layer]
+        if weights is not None:
+            return layout.step_weighted(slot, self._views[group], q, k, v, scale, window, weights)
         return layout.step(slot, self._views[group], q, k, v, scale, window, sinks)
 
     def attend_latent(
@@ -207,7 +211,7 @@ def cache_bytes_per_token(
     total = 0.0
     for spec, name in zip(specs, layer_layouts(specs, kv), strict=True):
         kind = layout_class(name)
-        kind.check(spec)
+        kind.admit(spec)
         total += kind.bytes_per_token(spec, dtype)
     return int(total) if total.is_integer() else total
 

@@ -30,6 +30,7 @@ from serval.compress.targets import Target, forget, targets
 from serval.errors import ConfigError
 from serval.models import checkpoint
 from serval.models.decoder import Decoder
+from serval.models.variants import require_plain
 
 Progress = Callable[[int, int, str], None]  # parts done, parts in all, the one at work
 
@@ -103,6 +104,7 @@ class Blockwise:
     format: Format | None = None
 
     def __post_init__(self) -> None:
+        require_plain(self.decoder.config, "compression")
         self.samples = Samples()
         self.targets = list(targets(self.decoder))
         self.wanted: frozenset[Wanted] = self.recipe.statistics

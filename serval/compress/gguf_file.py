@@ -27,6 +27,7 @@ from serval.models.checkpoint.files import list_tensors, locate, read_json
 from serval.models.checkpoint.safetensors_file import read_into
 from serval.models.config import ModelConfig
 from serval.models.layers import inverse_frequencies
+from serval.models.variants import require_plain
 
 # (Hugging Face name, shape) -> float32 array of that tensor
 Weights = Callable[[str, tuple[int, ...]], np.ndarray]
@@ -77,6 +78,7 @@ def export(model: str | Path, out: str | Path, kind: str = "q4_0", force: bool =
     if "quantization_config" in read_json(directory / "config.json"):
         raise ConfigError(f"{directory} is quantised; export the float checkpoint it was made from")
     config = checkpoint.read_config(directory)
+    require_plain(config, "GGUF export")
     stored = list_tensors(directory)
     count = 0
 

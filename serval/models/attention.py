@@ -15,6 +15,7 @@ from serval import kernels
 from serval.models.batch import PackedBatch
 from serval.models.config import MLAConfig, ModelConfig
 from serval.models.layers import Linear, RMSNorm, shared_input, yarn_mscale
+from serval.models.variants import WEIGHT_FUNCTIONS, ValueGate, output_gate, sink_logit
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -33,6 +34,7 @@ class AttentionSpec:
     qk_rope_head_dim: int = 0
     window: int | None = None
     sinks: bool = False
+    weights: str = "softmax"  # `AttentionVariants.weights` where explicit logits are needed
 
 
 class GroupedQueryAttention(nn.Module):
@@ -64,6 +66,14 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch_empty(self.num_heads)) if config.attention_sinks else None
+        options, width = config.attention, self.num_heads * self.head_dim
+        self.sink_logit = sink_logit(config)
+        function = WEIGHT_FUNCTIONS.get(options.weights)
+        self.weight_function = function(config) if function is not None else None
+        self.weights = "softmax" if function is None else options.weights
+        self.value_gate = ValueGate(config, self.head_dim) if options.value_gate else None
+        self.value_bias = nn.Parameter(torch_empty(width)) if options.value_bias else None
+        self.gate = output_gate(config, self.head_dim)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -74,7 +84,8 @@ class GroupedQueryAttention(nn.Module):
             head_dim=self.head_dim,
             v_head_dim=self.head_dim,
             window=self.window,
-            sinks=self.sinks is not None,
+            sinks=self.sinks is not None or self.sink_logit is not None,
+            weights=self.weights,
         )
 
     def forward(self, x: Tensor, batch: PackedBatch, rotary: Rotary) -> Tensor:
@@ -87,9 +98,19 @@ class GroupedQueryAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = kernels.rotary(q, k, *rotary, batch.positions, self.interleaved)
-        o = batch.memory.attend(
-            self.index, q, k, v, self.scale, window=self.window, sinks=self.sinks
-        )
+        if self.value_gate is not None:
+            v = self.value_gate(v)
+        sinks = self.sinks if self.sink_logit is None else self.sink_logit(q)
+        attend, window = batch.memory.attend, self.window
+        if self.weight_function is None:
+            o = attend(self.index, q, k, v, self.scale, window=window, sinks=sinks)
+        else:
+            function = self.weight_function
+            o = attend(self.index, q, k, v, self.scale, window=window, weights=function)
+        if self.value_bias is not None:
+            o = o + self.value_bias.view(self.num_heads, -1)
+        if self.gate is not None:
+            o = self.gate(o, x)
         return self.o_proj(o.flatten(-2))
 
 
@@ -121,6 +142,7 @@ class LatentAttention(nn.Module):
             mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False
         )
         self.o_proj = Linear(heads * mla.v_head_dim, hidden, bias=config.output_bias)
+        self.gate = output_gate(config, mla.v_head_dim)
         self.scale = self.q_width**-0.5
         if config.rope.kind == "yarn" and config.rope.mscale_all_dim:
             self.scale *= yarn_mscale(config.rope.factor, config.rope.mscale_all_dim) ** 2
@@ -161,4 +183,6 @@ class LatentAttention(nn.Module):
         o = batch.memory.attend_latent(
             self.index, q_nope, q_rope, latent, k_rope.squeeze(1), kv_b, self.scale
         )
+        if self.gate is not None:
+            o = self.gate(o, x)
         return self.o_proj(o.flatten(-2))

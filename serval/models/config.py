@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from serval.errors import ConfigError
 
@@ -83,6 +83,69 @@ class MoEConfig:
 
 
 @dataclass
+class AttentionVariants:
+    """How attention departs from softmax; see `serval.models.variants`.
+
+    weights: what replaces softmax. gate: on each head's output. value_gate: on values, before they
+    are cached. value_bias: a learned vector per head added to the output. neutral: parameters start
+    where the variant is plain softmax attention, so that a trained model can be continued with it.
+    alpha: of clipped softmax. sigmoid_bias: None is -log(max_position_embeddings). elastic_tau:
+    its start. gate_init: where a conditional gate starts.
+    """
+
+    weights: Literal[
+        "softmax",
+        "softmax1",
+        "sink_logit",
+        "k_bias",
+        "kv_bias",
+        "clipped",
+        "softpick",
+        "sigmoid",
+        "elastic",
+    ] = "softmax"
+    gate: Literal["headwise", "elementwise", "conditional", "conditional_mlp"] | None = None
+    value_gate: bool = False
+    value_bias: bool = False
+    neutral: bool = False
+    alpha: float = 4.0
+    sigmoid_bias: float | None = None
+    elastic_tau: float = -0.5
+    gate_init: float = 0.25
+
+    def check(self, mla: bool) -> None:
+        """Raise `ConfigError` for values out of range or that do not go together."""
+        for key in ("weights", "gate"):
+            choices = _choices(AttentionVariants, key)
+            if getattr(self, key) not in choices:
+                raise ConfigError(
+                    f"model.attention.{key} is {getattr(self, key)!r}; expected one of "
+                    f"{', '.join(map(repr, choices))}"
+                )
+        if not 0 < self.gate_init < 1:
+            raise ConfigError(f"model.attention.gate_init is {self.gate_init}; expected 0 < it < 1")
+        fixed = ("softmax1", "clipped", "softpick", "sigmoid")
+        if self.neutral and self.weights in fixed:
+            raise ConfigError(
+                f"model.attention.neutral: {self.weights!r} has no parameter that could start as "
+                "softmax; train it from the start"
+            )
+        if mla and (self.weights != "softmax" or self.value_gate or self.value_bias):
+            raise ConfigError(
+                "model.attention with model.mla: latent attention takes a gate only; set weights "
+                "to 'softmax' and value_gate and value_bias to false"
+            )
+
+
+def _choices(kind: type, key: str) -> tuple[Any, ...]:
+    """The values that the Literal of a field allows."""
+    found: list[Any] = []
+    for part in get_args(get_type_hints(kind)[key]):
+        found.extend(get_args(part) or ([None] if part is type(None) else [part]))
+    return tuple(found)
+
+
+@dataclass
 class ModelConfig:
     """Everything `Decoder` needs to know.
 
@@ -111,6 +174,7 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     attention_sinks: bool = False
+    attention: AttentionVariants = field(default_factory=AttentionVariants)
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     activation: Literal["silu", "clamped_swiglu"] = "silu"
@@ -164,6 +228,12 @@ class ModelConfig:
                 )
             if "sliding" in self.layer_types and not self.sliding_window:
                 raise ConfigError("model.layer_types has sliding layers: set model.sliding_window")
+        self.attention.check(self.mla is not None)
+        if self.attention_sinks and self.attention.weights != "softmax":
+            raise ConfigError(
+                "model.attention_sinks is the sink logit of gpt-oss: set model.attention.weights "
+                "to 'softmax' with it"
+            )
         if self.block == "shortcut" and self.moe is None:
             raise ConfigError("model.block 'shortcut' needs model.moe")
         if self.moe is not None:
@@ -206,10 +276,13 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Build from plain values; raises ConfigError naming an unknown or missing key."""
         values = dict(values)
-        for name, kind in (("rope", RopeConfig), ("mla", MLAConfig), ("moe", MoEConfig)):
+        for name, kind in _PARTS.items():
             if isinstance(values.get(name), dict):
                 values[name] = _build(kind, values[name], f"model.{name}")
         return _build(cls, values, "model")
+
+
+_PARTS = {"rope": RopeConfig, "mla": MLAConfig, "moe": MoEConfig, "attention": AttentionVariants}
 
 
 def _positive(key: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from serval.models.feedforward import GatedMLP
 from serval.models.layers import Linear, RMSNorm, RotaryTable
 from serval.models.moe import MixtureOfExperts, Router
 from serval.models.mtp import MultiTokenPrediction
+from serval.models.variants import VariantPart
 
 
 def make_attention(
@@ -148,8 +149,11 @@ class Decoder(nn.Module):
             for name, parameter in module.named_parameters(recurse=False):
                 if name in ("gate_up_proj", "down_proj"):
                     parameter.normal_(0.0, std)
-                elif name == "sinks":
+                elif name in ("sinks", "value_bias"):
                     parameter.zero_()
+        for module in self.modules():  # after the linears, some of which they set themselves
+            if isinstance(module, VariantPart):
+                module.reset_parameters()
 
     @property
     def attention_modules(self) -> list[GroupedQueryAttention | LatentAttention]:

@@ -13,6 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_QUERY_ROWS = 256  # whose explicit logits exist at once
+
+
+class Weights(Protocol):
+    """Attention from explicit logits, in place of softmax (`serval.models.variants`)."""
+
+    def __call__(self, z: Tensor, q: Tensor, v: Tensor, scale: float) -> Tensor:
+        """z [H, n, m] scaled logits, -inf where masked; q [H, n, D]; v [Hkv, m, Dv] -> o
+        [H, n, Dv]."""
+        ...
+
 
 @runtime_checkable
 class Memory(Protocol):
@@ -28,12 +39,13 @@ class Memory(Protocol):
         *,
         window: int | None = None,
         sinks: Tensor | None = None,
+        weights: Weights | None = None,
     ) -> Tensor:
         """Causal grouped-query attention.
 
         q: [T, H, D], k: [T, Hkv, D], v: [T, Hkv, Dv], rotary already applied. `window`: a query
         sees itself and the window - 1 tokens before it. `sinks` [H]: a learned logit per head that
-        joins the softmax denominator only. Returns [T, H, Dv].
+        joins the softmax denominator only. `weights` replaces softmax. Returns [T, H, Dv].
         """
         ...
 
@@ -74,11 +86,17 @@ class CausalMemory:
         *,
         window: int | None = None,
         sinks: Tensor | None = None,
+        weights: Weights | None = None,
     ) -> Tensor:
-        parts = [
-            _document_attention(q[a:b], k[a:b], v[a:b], scale, window, sinks)
-            for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)
-        ]
+        spans = list(zip(self.starts[:-1], self.starts[1:], strict=True))
+        if weights is not None:
+            parts = [
+                attend_weighted(weights, q[a:b], k[a:b], v[a:b], scale, window) for a, b in spans
+            ]
+        else:
+            parts = [
+                _document_attention(q[a:b], k[a:b], v[a:b], scale, window, sinks) for a, b in spans
+            ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def attend_latent(
@@ -93,6 +111,27 @@ class CausalMemory:
     ) -> Tensor:
         q, k, v = materialise_latent(q_nope, q_rope, latent, k_rope, kv_b)
         return self.attend(layer, q, k, v, scale)
+
+
+def attend_weighted(
+    weights: Weights, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention of q [n, H, D], the last rows, over k [m, Hkv, D] and v [m, Hkv, Dv] with
+    `weights` in place of softmax. Returns [n, H, Dv]."""
+    rows, heads = q.shape[:2]
+    keys, groups = k.shape[:2]
+    k, v = k.transpose(0, 1), v.transpose(0, 1)  # [Hkv, m, D]
+    key = torch.arange(keys, device=q.device)
+    parts = []
+    for start in range(0, rows, _QUERY_ROWS):
+        mine = q[start : start + _QUERY_ROWS].transpose(0, 1)  # [H, n, D]
+        place = torch.arange(mine.shape[1], device=q.device)[:, None] + (keys - rows + start)
+        age = place - key
+        seen = age >= 0 if window is None else (age >= 0) & (age < window)
+        z = (mine.reshape(groups, -1, q.shape[-1]) @ k.transpose(1, 2)).view(heads, -1, keys)
+        z = (z * scale).masked_fill(~seen, float("-inf"))
+        parts.append(weights(z, mine, v, scale).transpose(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def materialise_latent(

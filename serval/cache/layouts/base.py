@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from serval.errors import CacheError
 from serval.kernels import pages
 from serval.models.attention import AttentionSpec
+from serval.models.memory import Weights, attend_weighted
 
 
 @dataclass
@@ -57,11 +58,13 @@ class Layout(ABC):
 
     options: names of the class attributes that a user may set (`--kv name:option=value`).
     delayed: whether tokens may wait in the state before they are stored in blocks.
+    fetches: whether `fetch` works, which attention other than softmax needs.
     """
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
     delayed: ClassVar[bool] = False
+    fetches: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class Layout(ABC):
         self.storage: list[list[Tensor]] = []  # per slot, tensors whose first axis is the block
         self.states: list[list[Tensor]] = []  # per slot, tensors whose first axis is the state
         for spec in self.specs:
-            self.check(spec)
+            self.admit(spec)
             self.storage.append(self.allocate(spec))
             self.states.append(self.allocate_state(spec))
 
@@ -115,6 +118,17 @@ class Layout(ABC):
     def check_options(cls) -> None:
         """Raise `CacheError` when options have values that this layout cannot work with."""
         return None
+
+    @classmethod
+    def admit(cls, spec: AttentionSpec) -> None:
+        """`check`, and that the layout can hand out keys where a layer's attention is not
+        softmax."""
+        if spec.weights != "softmax" and not cls.fetches:
+            raise CacheError(
+                f"cache layout {cls.name!r} does not support attention weights {spec.weights!r}, "
+                "which need the stored keys; use kv='full'"
+            )
+        cls.check(spec)
 
     @classmethod
     def check(cls, spec: AttentionSpec) -> None:
@@ -188,6 +202,31 @@ class Layout(ABC):
         it stores them compressed overrides this."""
         self.write(slot, view, k, v)
         return self.attend(slot, view, q, scale, window, sinks)
+
+    def fetch(self, slot: int, view: CacheView, sequence: int) -> tuple[Tensor, Tensor]:
+        """A sequence's stored keys [L, Hkv, D] and values [L, Hkv, Dv] in the model's dtype."""
+        raise NotImplementedError
+
+    def step_weighted(
+        self,
+        slot: int,
+        view: CacheView,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        weights: Weights,
+    ) -> Tensor:
+        """`step` with `weights` in place of softmax, over explicit logits."""
+        self.write(slot, view, k, v)
+        parts, start = [], 0
+        for n, count in enumerate(view.queries):
+            keys, values = self.fetch(slot, view, n)
+            mine = q[start : start + count]
+            parts.append(attend_weighted(weights, mine, keys, values, scale, window))
+            start += count
+        return torch.cat(parts)
 
     def step_latent(
         self,

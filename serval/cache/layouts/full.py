@@ -30,6 +30,17 @@ class FullLayout(Layout):
     name = "full"
     stored: ClassVar[torch.dtype | None] = None
 
+    fetches: ClassVar[bool] = True
+
+    def fetch(self, slot: int, view: CacheView, sequence: int) -> tuple[Tensor, Tensor]:
+        length = view.lengths[sequence]
+        blocks = view.block_tables[sequence, : -(-length // self.block_size)].long()
+        keys, values = (
+            x[blocks].transpose(1, 2).flatten(0, 1)[:length].to(self.dtype)
+            for x in self.storage[slot]
+        )
+        return keys, values
+
     @classmethod
     def bytes_per_token(cls, spec: AttentionSpec, dtype: torch.dtype) -> int:
         dtype = cls.stored or dtype

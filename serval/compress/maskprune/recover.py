@@ -30,6 +30,7 @@ from serval.compress.method import make
 from serval.compress.registry import PRUNERS
 from serval.errors import ConfigError
 from serval.models.decoder import Decoder
+from serval.models.variants import require_plain
 from serval.optim import MixedOptimizer
 from serval.optim.groups import Role
 from serval.optim.schedules import WarmupStableDecay
@@ -180,6 +181,7 @@ def prune_decoder(
     do not fit the model, KeyboardInterrupt when training was interrupted.
     """
     begin = perf_counter()
+    require_plain(decoder.config, "pruning")
     pruner = pruning.check()
     sites = find_sites(decoder)
     decoder.requires_grad_(True)  # what can be trained is what costs are counted from

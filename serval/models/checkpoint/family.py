@@ -111,7 +111,7 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": v for inner, v in value.items()})
         else:
             flat[key] = value
-    drop = {"family"}
+    drop = {"family"} | {key for key in flat if key.startswith("attention.")}  # every family's
     if flat["layer_types"] is None or "sliding" not in flat["layer_types"]:
         drop |= {"layer_types", "sliding_window"}
     if config.moe is None or all(config.moe_layers or [True]):

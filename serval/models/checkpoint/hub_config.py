@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, cast
 
 from serval.errors import ConfigError
-from serval.models.config import ModelConfig, RopeConfig
+from serval.models.config import AttentionVariants, ModelConfig, RopeConfig
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list"}
 
@@ -68,6 +69,34 @@ class HubConfig:
         if value is not None and not good:
             raise ConfigError(f"config.json: {key} is {value!r}; expected token ids")
         return value
+
+
+_OWN = "serval_"
+
+
+def write_variants(config: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """Add what config.json has no standard key for: attention that is not softmax. The model type
+    then is Serval's own, so that no other reader takes the model for one with plain attention."""
+    if config.attention == AttentionVariants():
+        return values
+    kind = _OWN + values["model_type"]
+    attention = dataclasses.asdict(config.attention)
+    return {**values, "model_type": kind, "architectures": [], "serval_attention": attention}
+
+
+def read_variants(values: dict[str, Any]) -> tuple[dict[str, Any], AttentionVariants]:
+    """The inverse of `write_variants`. Raises ConfigError for an unknown key."""
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or not kind.startswith(_OWN):
+        return values, AttentionVariants()
+    given = values.get("serval_attention", {})
+    known = {f.name for f in dataclasses.fields(AttentionVariants)}
+    if not isinstance(given, dict) or set(given) - known:
+        raise ConfigError(
+            f"config.json: serval_attention is {given!r}; expected an object with keys of "
+            f"{', '.join(sorted(known))}"
+        )
+    return {**values, "model_type": kind.removeprefix(_OWN)}, AttentionVariants(**given)
 
 
 def read_common(hub: HubConfig, *, theta: float = 10000.0, eps: float = 1e-6) -> dict[str, Any]:

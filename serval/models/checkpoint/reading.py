@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from serval.errors import CheckpointError, ConfigError
 from serval.models.checkpoint.family import Family, Piece
 from serval.models.checkpoint.files import list_tensors, locate, read_json
-from serval.models.checkpoint.hub_config import HubConfig
+from serval.models.checkpoint.hub_config import HubConfig, read_variants
 from serval.models.checkpoint.quantized import CheckpointModule
 from serval.models.checkpoint.registry import QUANTIZERS, family_of_hub_config
 from serval.models.checkpoint.safetensors_file import StoredTensor, read_into
@@ -124,8 +124,11 @@ def read_config(path_or_name: str | Path) -> ModelConfig:
 
 
 def _read_config(directory: Path, values: dict[str, Any]) -> tuple[Family, ModelConfig]:
+    values, attention = read_variants(values)
     family = family_of_hub_config(values)
     config = family.read_config(HubConfig(values))
+    if attention != config.attention:
+        config = dataclasses.replace(config, attention=attention)
     generation = directory / "generation_config.json"
     if generation.exists():  # chat models often stop on more tokens than config.json says
         eos = HubConfig(read_json(generation)).token_ids("eos_token_id")

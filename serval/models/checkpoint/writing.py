@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from serval.errors import CheckpointError, ConfigError
 from serval.models.checkpoint.family import Family, Piece, explain_loss
 from serval.models.checkpoint.files import INDEX, PRIVATE, TOKENIZER_FILES, WEIGHTS
+from serval.models.checkpoint.hub_config import write_variants
 from serval.models.checkpoint.quantized import PRIVATE_LEAVES, CheckpointModule
 from serval.models.checkpoint.registry import FAMILIES, family_named
 from serval.models.checkpoint.safetensors_file import TensorToWrite, write_file
@@ -219,7 +220,7 @@ def _write_configs(
     directory: Path, decoder: Decoder, family: Family, tensors: Sequence[TensorToWrite]
 ) -> None:
     config = decoder.config
-    values = family.write_config(config)
+    values = write_variants(config, family.write_config(config))
     embedding = family.rename("embed_tokens.weight", config)
     named = [t.dtype for t in tensors if t.name == embedding]
     kinds = [t for t in [*named, *(t.dtype for t in tensors)] if t.is_floating_point]

@@ -51,6 +51,17 @@ LAYOUTS: dict[Rotary, set[str]] = {
 }
 
 
+def _own_blocks(module: GroupedQueryAttention) -> dict[str, str]:
+    blocked = {} if module.q_norm is None else {"qk": QK_NORM}
+    if module.weights in ("k_bias", "kv_bias"):
+        blocked["qk"] = "queries also meet a bias key, which keeps its scale"
+    if module.value_gate is not None:
+        blocked["vo"] = "a gate between values and output depends on their scale"
+    elif module.value_bias is not None or module.weights == "kv_bias":
+        blocked["vo"] = "a bias joins the values before the output and keeps its scale"
+    return blocked
+
+
 def serval_attention(name: str, module: nn.Module) -> Site | None:
     """Serval's own layers."""
     if isinstance(module, GroupedQueryAttention):
@@ -66,7 +77,7 @@ def serval_attention(name: str, module: nn.Module) -> Site | None:
             v_head_dim=module.head_dim,
             rotary="interleaved" if module.interleaved else "half",
             rotary_dim=module.rotary_dim,
-            blocked={} if module.q_norm is None else {"qk": QK_NORM},
+            blocked=_own_blocks(module),
         )
     if isinstance(module, LatentAttention):
         return _latent(name, module, module.mla, "interleaved" if module.interleaved else "half")
