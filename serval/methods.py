@@ -15,6 +15,11 @@ GENERATED = "generated task"
 SEAMS = {
     "checkpoint family": ("serval.models.checkpoint:FAMILIES", "config.json model_type"),
     "initializer": ("serval.models.initialize:INITIALIZERS", "recipe initializer"),
+    "attention weights": (
+        "serval.models.variants:ATTENTION_WEIGHTS",
+        "recipe model.attention.weights",
+    ),
+    "attention gate": ("serval.models.variants:ATTENTION_GATES", "recipe model.attention.gate"),
     "cache layout": ("serval.cache.layouts:LAYOUTS", "serve --kv"),
     "data source": ("serval.data.sources:SOURCES", "recipe data.source"),
     "optimizer": ("serval.optim:OPTIMIZERS", "recipe optimizer.name"),

@@ -15,7 +15,7 @@ from serval import kernels
 from serval.models.batch import PackedBatch
 from serval.models.config import MLAConfig, ModelConfig
 from serval.models.layers import Linear, RMSNorm, shared_input, yarn_mscale
-from serval.models.variants import WEIGHT_FUNCTIONS, ValueGate, output_gate, sink_logit
+from serval.models.variants import ValueGate, output_gate, sink_logit, weight_function
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -68,9 +68,8 @@ class GroupedQueryAttention(nn.Module):
         self.sinks = nn.Parameter(torch_empty(self.num_heads)) if config.attention_sinks else None
         options, width = config.attention, self.num_heads * self.head_dim
         self.sink_logit = sink_logit(config)
-        function = WEIGHT_FUNCTIONS.get(options.weights)
-        self.weight_function = function(config) if function is not None else None
-        self.weights = "softmax" if function is None else options.weights
+        self.weight_function = weight_function(config)
+        self.weights = "softmax" if self.weight_function is None else options.weights
         self.value_gate = ValueGate(config, self.head_dim) if options.value_gate else None
         self.value_bias = nn.Parameter(torch_empty(width)) if options.value_bias else None
         self.gate = output_gate(config, self.head_dim)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from serval.errors import ConfigError
 
@@ -82,6 +82,20 @@ class MoEConfig:
     expert_bias: bool = False
 
 
+_WEIGHTS = (
+    "softmax",
+    "softmax1",
+    "sink_logit",
+    "k_bias",
+    "kv_bias",
+    "clipped",
+    "softpick",
+    "sigmoid",
+    "elastic",
+)
+_GATES = ("headwise", "elementwise", "conditional", "conditional_mlp")
+
+
 @dataclass
 class AttentionVariants:
     """How attention departs from softmax; see `serval.models.variants`.
@@ -93,18 +107,8 @@ class AttentionVariants:
     its start. gate_init: where a conditional gate starts.
     """
 
-    weights: Literal[
-        "softmax",
-        "softmax1",
-        "sink_logit",
-        "k_bias",
-        "kv_bias",
-        "clipped",
-        "softpick",
-        "sigmoid",
-        "elastic",
-    ] = "softmax"
-    gate: Literal["headwise", "elementwise", "conditional", "conditional_mlp"] | None = None
+    weights: str = "softmax"
+    gate: str | None = None
     value_gate: bool = False
     value_bias: bool = False
     neutral: bool = False
@@ -115,8 +119,7 @@ class AttentionVariants:
 
     def check(self, mla: bool) -> None:
         """Raise `ConfigError` for values out of range or that do not go together."""
-        for key in ("weights", "gate"):
-            choices = _choices(AttentionVariants, key)
+        for key, choices in (("weights", _WEIGHTS), ("gate", (*_GATES, None))):
             if getattr(self, key) not in choices:
                 raise ConfigError(
                     f"model.attention.{key} is {getattr(self, key)!r}; expected one of "
@@ -135,14 +138,6 @@ class AttentionVariants:
                 "model.attention with model.mla: latent attention takes a gate only; set weights "
                 "to 'softmax' and value_gate and value_bias to false"
             )
-
-
-def _choices(kind: type, key: str) -> tuple[Any, ...]:
-    """The values that the Literal of a field allows."""
-    found: list[Any] = []
-    for part in get_args(get_type_hints(kind)[key]):
-        found.extend(get_args(part) or ([None] if part is type(None) else [part]))
-    return tuple(found)
 
 
 @dataclass

@@ -34,9 +34,35 @@ from serval.errors import ConfigError
 from serval.kernels.attention_variants import reference as formulas
 from serval.models.config import AttentionVariants, ModelConfig
 from serval.models.layers import Linear
+from serval.registry import Entry, resolve
 
 if TYPE_CHECKING:
     from serval.models.decoder import Decoder
+
+_HERE = "serval.models.variants"
+
+ATTENTION_WEIGHTS: dict[str, Entry] = {
+    "softmax": Entry("serval.models.attention:GroupedQueryAttention", "rows that sum to 1"),
+    "softmax1": Entry(f"{_HERE}:ZeroLogit", "softmax with one more, silent logit of 0"),
+    "sink_logit": Entry(f"{_HERE}:SinkLogit", "one silent logit per head, learned", "2508.10925"),
+    "k_bias": Entry(f"{_HERE}:KeyBias", "a learned key per head, its value 0", "2410.10781"),
+    "kv_bias": Entry(f"{_HERE}:KeyValueBias", "a learned key and value per head", "2402.17762"),
+    "clipped": Entry(f"{_HERE}:Clipped", "softmax stretched and clipped to [0, 1]", "2306.12929"),
+    "softpick": Entry(f"{_HERE}:Softpick", "rectified softmax, exact zeros", "2504.20966"),
+    "sigmoid": Entry(f"{_HERE}:Sigmoid", "each key by itself, rows not normalised", "2409.04431"),
+    "elastic": Entry(f"{_HERE}:Elastic", "softmax less a learned share per visible key"),
+}
+
+ATTENTION_GATES: dict[str, Entry] = {
+    "headwise": Entry(f"{_HERE}:OutputGate", "a sigmoid per head from the input", "2505.06708"),
+    "elementwise": Entry(f"{_HERE}:OutputGate", "a sigmoid per channel", "2505.06708"),
+    "conditional": Entry(
+        f"{_HERE}:ConditionalGate", "a sigmoid of each head's input slice", "2306.12929"
+    ),
+    "conditional_mlp": Entry(
+        f"{_HERE}:ConditionalGate", "the same, of a small MLP of the slice", "2306.12929"
+    ),
+}
 
 ABSENT = -30.0  # e^-30 of a row's mass: nothing in float32, yet with a gradient
 
@@ -145,14 +171,10 @@ class KeyValueBias(KeyBias):
         return mix(weights, v) + rest * self.value.view(self.num_heads, 1, -1).to(v.dtype)
 
 
-WEIGHT_FUNCTIONS: dict[str, type[WeightFunction]] = {
-    "clipped": Clipped,
-    "softpick": Softpick,
-    "sigmoid": Sigmoid,
-    "elastic": Elastic,
-    "k_bias": KeyBias,
-    "kv_bias": KeyValueBias,
-}
+def weight_function(config: ModelConfig) -> WeightFunction | None:
+    """What `config.attention.weights` computes from explicit logits; None: softmax kernels do."""
+    kind = resolve(ATTENTION_WEIGHTS, config.attention.weights, "attention weights")
+    return kind(config) if issubclass(kind, WeightFunction) else None
 
 
 def mix(weights: Tensor, v: Tensor) -> Tensor:
@@ -188,10 +210,10 @@ class ConditionalGate(VariantPart):
     input (arXiv 2306.12929): a linear, or a linear of a quarter of the width, relu, and a linear.
     The bias starts the gate at `gate_init`; neutral: divided by it, with a last layer of zeros."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         options, self.num_heads = config.attention, config.num_attention_heads
-        width = config.hidden_size // self.num_heads
+        width = config.hidden_size // self.num_heads  # of an input slice, whatever the head's
         self.neutral, self.initial = options.neutral, options.gate_init
         self.std = config.initializer_range
         inner = max(1, width // 4) if options.gate == "conditional_mlp" else 0
@@ -272,12 +294,11 @@ def sink_logit(config: ModelConfig) -> nn.Module | None:
 
 def output_gate(config: ModelConfig, width: int) -> nn.Module | None:
     """The gate that `config.attention.gate` names, for heads of `width` channels."""
-    kind = config.attention.gate
-    if kind is None:
+    name = config.attention.gate
+    if name is None:
         return None
-    if kind in ("headwise", "elementwise"):
-        return OutputGate(config, width)
-    return ConditionalGate(config)
+    gate: nn.Module = resolve(ATTENTION_GATES, name, "attention gate")(config, width)
+    return gate
 
 
 def require_plain(config: ModelConfig, what: str) -> None:

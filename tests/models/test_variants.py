@@ -18,7 +18,12 @@ from serval.models import checkpoint
 from serval.models.batch import PackedBatch
 from serval.models.config import AttentionVariants, MLAConfig, ModelConfig
 from serval.models.decoder import Decoder
-from serval.models.variants import require_plain, with_variants
+from serval.models.variants import (
+    ATTENTION_GATES,
+    ATTENTION_WEIGHTS,
+    require_plain,
+    with_variants,
+)
 from serval.optim.groups import route
 from serval.train.wisca.rescale import wisca_
 
@@ -207,10 +212,21 @@ def test_layouts_without_stored_keys_refuse_at_load() -> None:
         assert torch.allclose(got, whole(decoder, ids), atol=0.1)
 
 
+def test_registry_and_config_agree() -> None:
+    for name in ATTENTION_WEIGHTS:
+        config(AttentionVariants(name))
+    for name in ATTENTION_GATES:
+        config(AttentionVariants(gate=name))
+    for options, known in (({"weights": "?"}, ATTENTION_WEIGHTS), ({"gate": "?"}, ATTENTION_GATES)):
+        with pytest.raises(ConfigError) as error:
+            config(AttentionVariants(**options))
+        assert all(repr(name) in str(error.value) for name in known)
+
+
 def test_errors_name_the_key() -> None:
     for bad, message in [
-        (AttentionVariants("softmax2"), "model.attention.weights"),  # type: ignore[arg-type]
-        (AttentionVariants(gate="wide"), "model.attention.gate"),  # type: ignore[arg-type]
+        (AttentionVariants("softmax2"), "model.attention.weights"),
+        (AttentionVariants(gate="wide"), "model.attention.gate"),
         (AttentionVariants(gate_init=1.0), "gate_init"),
         (AttentionVariants("softpick", neutral=True), "no parameter"),
     ]:
