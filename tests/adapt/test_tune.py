@@ -27,6 +27,7 @@ from serval.train.reporting import Callback
 from tests.adapt.toy import logits
 from tests.engine.helpers import VOCAB, byte_tokenizer
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 PAIRS = [("one", "uno"), ("two", "dos"), ("three", "tres"), ("four", "cuatro")]
 
 
@@ -146,6 +147,37 @@ def test_the_merged_model_is_the_adapted_one(make: Any, base: Path, tmp_path: Pa
     torch.testing.assert_close(logits(decoder, tokens), merged, rtol=0, atol=1e-4)
     assert "afa" not in (result.adapter / CONFIG).read_text()
     assert LLM(result.model).generate("one:", SamplingParams(max_tokens=2))
+
+
+def test_the_shipped_recipe_runs_on_another_model(base: Path, tmp_path: Path) -> None:
+    """recipes/tune.yaml as it is, but for the model, the place of its examples and its length."""
+    values = yaml.safe_load((RECIPES / "tune.yaml").read_text())
+    changes = {
+        "output": str(tmp_path / "out"),
+        "model": str(base),
+        "data.path": str(RECIPES / "tune.jsonl"),
+        "data.row_tokens": 128,
+        "train.epochs": 0.5,
+        "adapter.anneal_end": 0.8,
+    }
+    recipe = load_tune_recipe(RECIPES / "tune.yaml", [f"{k}={v}" for k, v in changes.items()])
+    assert recipe.method == values["method"] == "afa-lora"
+    notes: list[str] = []
+    result = run(
+        RECIPES / "tune.yaml",
+        overrides=[f"{key}={value}" for key, value in changes.items()],
+        note=notes.append,
+    )
+    examples = [json.loads(line) for line in (RECIPES / "tune.jsonl").read_text().splitlines()]
+    assert {key for row in examples for key in row} == {"messages", "prompt", "completion"}
+    assert any(f"examples from {changes['data.path']}" in line for line in notes)
+    *lines, validation = log(tmp_path / "out")
+    assert (lines[0]["beta"], lines[-1]["beta"]) == (1.0, 0.0)
+    assert "validation_loss" in validation
+    read = json.loads((result.adapter / CONFIG).read_text())
+    assert (read["r"], read["lora_alpha"]) == (8, 16)
+    assert (result.model / "model.safetensors").is_file()
+    assert checkpoint.locate(values["model"]).is_dir()  # the model that the recipe names is shipped
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
