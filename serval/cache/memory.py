@@ -158,6 +158,17 @@ class PagedMemory:
         """Set where this step's sequences live, one view per group."""
         self._views = views
 
+    @property
+    def current(self) -> list[CacheView]:
+        """Where this step's sequences live, one view per group."""
+        return self._views
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a decode step's kernel calls follow from the shapes in its views (see `Layout`).
+        A subclass answers for itself."""
+        return type(self) is PagedMemory and all(layout.recordable for layout in self.layouts)
+
     def attend(
         self,
         layer: int,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serval.cache.memory import PagedMemory
+from serval.engine.recorded import RecordedSteps
 from serval.engine.request import Logprob
 from serval.engine.sampler import prompt_logprobs
 from serval.engine.scheduler import Work
@@ -39,6 +40,7 @@ class Runner:
         self._positions = np.zeros(max_batch_tokens, dtype=np.int64)
         self._context_lens = np.zeros(max_sequences, dtype=np.int32)
         self._query_starts = np.zeros(max_sequences + 1, dtype=np.int32)
+        self.recorded = RecordedSteps(decoder, memory) if device.type == "cpu" else None
         self._iota = np.arange(max(max_batch_tokens, max_sequences), dtype=np.int64)
 
     @torch.inference_mode()
@@ -82,7 +84,12 @@ class Runner:
             logits_rows=None if scored else logits_rows,
             adapters=adapters if any(adapters) else None,
         )
-        hidden = self.decoder(self._tensor(self._tokens[:rows]), batch)
+        tokens = self._tensor(self._tokens[:rows])
+        if self.recorded is not None and rows == count == len(sampled) and not scored:
+            logits = self.recorded.run(tokens, batch)
+            if logits is not None:
+                return logits
+        hidden = self.decoder(tokens, batch)
         for n in scored:
             self._prompt_logprobs(work[n], hidden[int(starts[n]) : int(starts[n + 1])])
         if scored and logits_rows is not None:

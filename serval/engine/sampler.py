@@ -33,9 +33,8 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[d
     for row, sequence in enumerate(sequences):
         if sequence.adjusts_logits:
             _adjust(logits[row], sequence)
-    best, greedy = logits.max(-1)
-    tokens: list[int] = greedy.tolist()
-    failed = [i for i, value in enumerate(best.tolist()) if not math.isfinite(value)]
+    best, tokens = _largest(logits)
+    failed = [i for i, value in enumerate(best) if not math.isfinite(value)]
     drawn = [i for i, s in enumerate(sequences) if not s.params.greedy]
     if drawn:
         every = len(drawn) == len(sequences)
@@ -55,6 +54,16 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[d
         for i, entry in zip(wanted, entries, strict=True):
             found[i] = entry
     return tokens, found
+
+
+def _largest(logits: Tensor) -> tuple[list[float], list[int]]:
+    """Largest value of each row of logits [R, V] and its place; NaN counts as largest."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        rows = logits.numpy()  # whose argmax is vectorised, unlike torch's
+        greedy = rows.argmax(-1)
+        return rows[np.arange(len(rows)), greedy].tolist(), greedy.tolist()
+    best, places = logits.max(-1)
+    return best.tolist(), places.tolist()
 
 
 def _adjust(row: Tensor, sequence: Sequence) -> None:

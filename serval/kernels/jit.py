@@ -28,10 +28,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from serval.kernels.replay import Recorder
 
 ROOM = Path(__file__).parent
 FLAGS = (
@@ -56,6 +59,13 @@ _lock = threading.RLock()
 _libraries: dict[tuple[str, str], ctypes.CDLL | None] = {}
 _kernels: list[Kernel] = []
 _warned = False
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+_thread = _Thread()
 
 
 class BuildError(Exception):
@@ -192,7 +202,8 @@ class Kernel:
         _kernels.append(self)
 
     def get(self) -> Function | None:
-        """The C function, or None when the reference has to serve."""
+        """The C function, or None when the reference has to serve. Ask for each call: while a
+        recording runs, another function is returned."""
         if not self._resolved:
             library = load(self.folder)
             if library is not None:
@@ -201,7 +212,17 @@ class Kernel:
                 function.restype = ctypes.c_int32
                 self._function = function
             self._resolved = True
+        recorder = _thread.recorder
+        if recorder is not None and self._function is not None:
+            return recorder.watch(self, self._function)
         return self._function
+
+    def packed(self) -> int | None:
+        """Address of the form that takes its arguments from a list of 64-bit fields (`PACKED` in
+        simd.h); None when the function has none."""
+        library = load(self.folder)
+        function = None if library is None else getattr(library, f"{self.name}_packed", None)
+        return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 def reset() -> None:
@@ -229,6 +250,23 @@ def prepare() -> None:
             build_all()
 
 
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """While inside, kernels that this thread calls are written down (see `kernels.replay`)."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None
+
+
+def keep(memory: Any) -> None:
+    """Say that a kernel was handed the address of `memory`, which no tensor holds: a recording of
+    the call keeps it alive."""
+    if _thread.recorder is not None:
+        _thread.recorder.kept.append(memory)
+
+
 # -- custom ops ------------------------------------------------------------------------------------
 
 _library = torch.library.Library("serval", "DEF")
@@ -249,8 +287,9 @@ def plain(*tensors: Tensor) -> bool:
         kind = type(tensor)
         if kind is not Tensor and kind is not torch.nn.Parameter:
             return False
+    watchers = 0 if _thread.recorder is None else 1  # a recorder watches, and wants plain calls
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == watchers
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.compiler.is_compiling()
     )

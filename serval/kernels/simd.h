@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -172,3 +174,24 @@ template <class F> void parallel_tasks(int64_t n, int64_t chunk, int threads, F 
 #endif
   for (int64_t i = 0; i < n; i++) body(i);
 }
+
+// NAME_packed: NAME with its arguments read from 64-bit fields, so that a list of calls can be made again without Python
+// (see replay/). A float is in the low half of its field.
+template <class T> INLINE T field(int64_t value) {
+  if constexpr (std::is_same<T, float>::value) {
+    const int32_t low = (int32_t)value;
+    float v; memcpy(&v, &low, sizeof v); return v;
+  } else if constexpr (std::is_pointer<T>::value) {
+    return (T)(intptr_t)value;
+  } else {
+    return (T)value;
+  }
+}
+template <class... A, size_t... I>
+INLINE int unpack(int (*function)(A...), const int64_t* fields, std::index_sequence<I...>) {
+  return function(field<A>(fields[I])...);
+}
+template <class... A> INLINE int unpack(int (*function)(A...), const int64_t* fields) {
+  return unpack(function, fields, std::index_sequence_for<A...>{});
+}
+#define PACKED(name) EXPORT int name##_packed(const int64_t* fields) { return unpack(name, fields); }

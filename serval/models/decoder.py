@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         """
         if (tokens is None) == (embeddings is None):
             raise ConfigError("Decoder.forward takes either tokens or embeddings, exactly one")
-        x = self._embed(tokens) if tokens is not None else embeddings
+        x = self.embed(tokens) if tokens is not None else embeddings
         assert x is not None
         rotary = self.rotary(x.device)
         residual: Tensor | None = None
@@ -203,8 +203,9 @@ class Decoder(nn.Module):
             residual = None if residual is None else residual[batch.logits_rows]
         return norm_into(self.norm, x, residual)[0]
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """Rows of the table, widened if it is stored narrower than what is computed with."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [T] -> rows of the table [T, D], widened if it is stored narrower than
+        what is computed with."""
         return self.embed_tokens(tokens).to(self.norm.weight.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -223,4 +224,4 @@ class Decoder(nn.Module):
         if self.mtp is None:
             raise ConfigError("this model has no MTP head (num_mtp_layers is 0)")
         rotary = self.rotary(hidden.device)
-        return self.mtp[depth](hidden, self._embed(next_tokens), batch, rotary)
+        return self.mtp[depth](hidden, self.embed(next_tokens), batch, rotary)

@@ -59,12 +59,15 @@ class Layout(ABC):
     options: names of the class attributes that a user may set (`--kv name:option=value`).
     delayed: whether tokens may wait in the state before they are stored in blocks.
     fetches: whether `fetch` works, which attention other than softmax needs.
+    recordable: whether the kernel calls of a decode step depend on the shapes in its view only, not
+    on lengths or other values, so that they may be recorded and made again (`engine.recorded`).
     """
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
     delayed: ClassVar[bool] = False
     fetches: ClassVar[bool] = False
+    recordable: ClassVar[bool] = False
 
     def __init__(
         self,

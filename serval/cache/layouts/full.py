@@ -27,6 +27,7 @@ class FullLayout(Layout):
     stored: the dtype of storage; None: the model's.
     """
 
+    recordable = True
     name = "full"
     stored: ClassVar[torch.dtype | None] = None
 

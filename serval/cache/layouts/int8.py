@@ -19,6 +19,7 @@ class Int8Layout(Layout):
     """Codes int8 [B, Hkv, S, D] and scales float32 [B, Hkv, S], for keys and for values."""
 
     name = "int8"
+    recordable = True
 
     @classmethod
     def check(cls, spec: AttentionSpec) -> None:

@@ -25,7 +25,8 @@ static int call(const float* q, int64_t q_row, int64_t q_head, int64_t heads, in
     return call<T>(q, q_row, q_head, heads, q_dim, keys, k_block, k_head, k_slot, values, v_block, v_head, v_slot,    \
                    v_dim, kv_heads, page, blocks, key_scales, value_scales, tables, width, lens, starts, sequences,   \
                    rows, scale, window, sinks, out, threads);                                                         \
-  }
+  }                                                                                                                   \
+  PACKED(paged_attention_##name)
 INSTANCE(f32, float)
 INSTANCE(bf16, bf16)
 INSTANCE(fp16, fp16)

@@ -62,7 +62,8 @@ static int write(const Side* sides, const int64_t* slots, int64_t tokens, int64_
                          {v, v_row, v_head, v_dim, vc, v_block, vc_head, v_slot, vs}};
 
 #define INSTANCE(name, T) \
-  EXPORT int write_cache_##name(SIGNATURE) { BODY return write<T>(sides, slots, tokens, heads, page, blocks, threads); }
+  EXPORT int write_cache_##name(SIGNATURE) { BODY return write<T>(sides, slots, tokens, heads, page, blocks, threads); } \
+  PACKED(write_cache_##name)
 INSTANCE(f32, float)
 INSTANCE(bf16, bf16)
 INSTANCE(fp16, fp16)

@@ -85,7 +85,9 @@ EXPORT int linear_f32(const float* x, int64_t lda, int64_t rows, int64_t k, cons
                       int64_t n, int threads) {
   return run(x, lda, rows, k, (const float*)w, bias, out, n, threads);
 }
+PACKED(linear_f32)
 EXPORT int linear_bf16(const float* x, int64_t lda, int64_t rows, int64_t k, const void* w, const float* bias, float* out,
                        int64_t n, int threads) {
   return run(x, lda, rows, k, (const bf16*)w, bias, out, n, threads);
 }
+PACKED(linear_bf16)

@@ -56,6 +56,7 @@ static void backward(const T* dy, const T* gate, int64_t gate_row, const T* up, 
     forward((const T*)gate, gate_row, (const T*)up, up_row, (T*)out, rows, d, threads);                              \
     return 0;                                                                                                        \
   }                                                                                                                  \
+  PACKED(swiglu_##name)                                                                                              \
   EXPORT int swiglu_backward_##name(const void* dy, const void* gate, int64_t gate_row, const void* up,              \
                                     int64_t up_row, void* d_gate, void* d_up, int64_t rows, int64_t d, int threads) { \
     backward((const T*)dy, (const T*)gate, gate_row, (const T*)up, up_row, (T*)d_gate, (T*)d_up, rows, d, threads);  \

@@ -77,6 +77,7 @@ static void backward(const TR* dy, const TR* extra, const TR* x, const float* we
     forward((const TX*)x, (const TR*)residual, weight, (TR*)normed, (TR*)summed, rows, d, eps, threads);             \
     return 0;                                                                                                        \
   }                                                                                                                  \
+  PACKED(rms_norm_##name)                                                                                            \
   EXPORT int rms_norm_backward_##name(const void* dy, const void* extra, const void* x, const float* weight,         \
                                       void* dx, float* dw, int64_t rows, int64_t d, float eps, int threads) {        \
     backward((const TR*)dy, (const TR*)extra, (const TR*)x, weight, (TX*)dx, dw, rows, d, eps, threads);             \

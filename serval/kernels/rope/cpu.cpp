@@ -94,6 +94,7 @@ static int both(const void* q, int64_t q_row, int64_t q_head, void* q_out, int64
                            int64_t table, float sign, int interleaved, int threads) {                                \
     return both<T>(q, q_row, q_head, q_out, q_heads, q_dim, k, k_row, k_head, k_out, k_heads, k_dim, cos, sin,       \
                    positions, rows, half, table, sign, interleaved, threads);                                       \
-  }
+  }                                                                                                                  \
+  PACKED(rotary_##name)
 INSTANCE(f32, float)
 INSTANCE(bf16, bf16)

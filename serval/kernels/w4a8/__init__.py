@@ -148,6 +148,7 @@ def _run(
     function = _LINEAR.get()
     assert function is not None
     fields = (ctypes.c_int64 * len(records))(*records)
+    jit.keep(fields)
     function(
         rows.data_ptr(), rows.stride(0), rows.shape[0], kind.inputs,
         ctypes.addressof(fields), len(records) // 8, shared, kind.bits,

@@ -6,6 +6,7 @@
 // block; then one parallel region walks (layer, panels) units, each taking all blocks of its layer.
 #include "quantize.h"
 #include "float.h"
+#include "vnni_one.h"
 
 // Buffers of the calling thread; other threads only read or fill what they are handed.
 struct Work {
@@ -24,7 +25,11 @@ static int64_t size_for(int64_t rows) {  // 0: there is no micro-kernel for so m
 template <int BITS, int MODE, class... Rest>
 static void block_of(const Layer& y, const Spec& s, const Block& b, const Rest&... rest) {
   switch (b.size) {
+#if VNNI
+    case 1: one_row<BITS, MODE>(y, s, b, rest...); break;
+#else
     case 1: rows_of<BITS, MODE, 1>(y, s, b, rest...); break;
+#endif
     case 2: rows_of<BITS, MODE, 2>(y, s, b, rest...); break;
     case 4: rows_of<BITS, MODE, 4>(y, s, b, rest...); break;
 #if VNNI || SERVAL_AVX2 || SERVAL_AVX512
@@ -145,6 +150,7 @@ EXPORT int quantized_linear(const float* x, int64_t x_row, int64_t rows, int64_t
   });
   return 0;
 }
+PACKED(quantized_linear)
 
 // Rows of a table of n rows in float32: out [count, k]. Returns 1, without reading, for a row that does not exist.
 EXPORT int quantized_embedding(const int64_t* tokens, int64_t count, const uint8_t* data, const void* scales,
