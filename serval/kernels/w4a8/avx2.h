@@ -126,6 +126,7 @@ static INLINE void bytes(const uint8_t* w, const void* scales, const int16_t* x,
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int j = 0; j < J; j++) acc[r][j] = _mm256_setzero_si256();
+#pragma GCC unroll 2
     for (int64_t k = 0; k < s.length; k += 4, w += CELL, x += R * 4) {
       if (lane == 0) __builtin_prefetch(w + 2048, 0, 2);
       __m256i b[J];
