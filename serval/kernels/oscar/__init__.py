@@ -70,9 +70,13 @@ def _function(
     """The C function, None when it does not cover the format or where the tensors are."""
     if fmt.head_dim % 16 or fmt.v_head_dim % 16 or max(fmt.head_dim, fmt.v_head_dim) > 512:
         return None
-    if any(x.device.type != "cpu" for x in (*storage, *tensors)):
-        return None
-    return kernel.get() if all(x.is_contiguous() for x in storage) else None
+    for x in storage:
+        if not x.is_cpu or not x.is_contiguous():
+            return None
+    for x in tensors:
+        if not x.is_cpu:
+            return None
+    return kernel.get()
 
 
 def allocate(
@@ -106,6 +110,8 @@ def _check_rows(fmt: QuantizedKV, k: Tensor, v: Tensor, block_ids: Tensor, size:
 
 def _dense(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`x` contiguous and of the dtype, without a copy when it is already."""
+    if x.dtype == dtype and x.is_contiguous():
+        return x
     return x.detach().to(dtype).contiguous()
 
 

@@ -23,6 +23,7 @@ struct Part { int64_t sequence, head, heads, from, to, partial; bool exact; };
 
 static thread_local Workspace workspace;
 
+template <int DIM>
 static void run_packed(const Call& c, const Part& t, const Queries& queries, int64_t first_row, int64_t rows,
                        const Partials& partials) {
   const Format& f = c.f;
@@ -49,6 +50,7 @@ static void run_packed(const Call& c, const Part& t, const Queries& queries, int
     }
   };
   locate(t.from, 0);
+  Workspace& space = workspace;
   int side = 0;
   for (int64_t from = t.from; from < t.to; from += RECORDS, side ^= 1) {
     const bool more = from + RECORDS < t.to;
@@ -72,10 +74,10 @@ static void run_packed(const Call& c, const Part& t, const Queries& queries, int
         const int64_t at = h * rows + r;
         const Rows chunk{&queries, first_row + (t.head + h) * rows + r, m + at, l + at, o + at * width};
         switch (rows - r) {
-          case 1: step<1>(f, tile, chunk, workspace); break;
-          case 2: step<2>(f, tile, chunk, workspace); break;
-          case 3: step<3>(f, tile, chunk, workspace); break;
-          default: step<4>(f, tile, chunk, workspace); break;
+          case 1: step<1, DIM>(f, tile, chunk, space); break;
+          case 2: step<2, DIM>(f, tile, chunk, space); break;
+          case 3: step<3, DIM>(f, tile, chunk, space); break;
+          default: step<4, DIM>(f, tile, chunk, space); break;
         }
       }
     }
@@ -169,8 +171,8 @@ static int attend_packed(const Call& c, const float* q, float scale, int threads
           parts.push_back({n, h, std::min(together, f.heads - h), at, std::min(to, at + step), partial + h * rows, exact});
     };
     const int64_t records = c.stored[n] / GROUP;
+    add(c.stored[n], c.lens[n], TILE, true);
     add(0, records, part_records(records), false);
-    add(c.stored[n], c.lens[n], 256, true);
     work += rows * f.heads * c.lens[n] * (f.k_dim + f.v_dim);
   }
   static thread_local std::vector<float> buffer;
@@ -180,7 +182,9 @@ static int attend_packed(const Call& c, const float* q, float scale, int threads
     const Part& t = parts[i];
     const int64_t rows = (c.starts[t.sequence + 1] - c.starts[t.sequence]) * group, base = c.starts[t.sequence] * c.heads;
     if (t.exact) run_exact(c, t, queries, base, rows, partials);
-    else run_packed(c, t, queries, base, rows, partials);
+    else if (f.k_dim == 128 && f.v_dim == 128) run_packed<128>(c, t, queries, base, rows, partials);
+    else if (f.k_dim == 64 && f.v_dim == 64) run_packed<64>(c, t, queries, base, rows, partials);
+    else run_packed<0>(c, t, queries, base, rows, partials);
   });
   const int64_t total = c.sequences ? c.starts[c.sequences] * c.heads : 0;
   parallel_for(total, partial * f.v_dim < 1000000 ? 1 : threads, [&](int64_t begin, int64_t end) {

@@ -42,7 +42,7 @@ static INLINE void products(const Lines& lines, const uint8_t* factors, int64_t 
     const uint8_t *at = lines.at[piece], *ahead = lines.ahead[piece];
     for (int64_t i = 0; i < lines.count; i++, at += LINE, ahead += LINE) {
       const __m512i raw = _mm512_loadu_si512(at);
-      __builtin_prefetch(ahead, 0, 3);
+      __builtin_prefetch(ahead, 0, 2);
       __m512i a[P];
       a[0] = _mm512_and_si512(raw, m0);
       if (BITS == 2) {
@@ -143,7 +143,7 @@ static INLINE void products(const Lines& lines, const uint8_t* factors, int64_t 
         if (left == 0) { flush(); left = LIMIT; }
         left--;
         const __m256i raw = _mm256_loadu_si256((const __m256i*)at);
-        if (half == 0) __builtin_prefetch(ahead, 0, 3);
+        if (half == 0) __builtin_prefetch(ahead, 0, 2);
         const __m256i a0 = _mm256_and_si256(raw, mask), a1 = _mm256_and_si256(_mm256_srli_epi16(raw, BITS), mask);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) meet<KEYS>(acc[r][0], acc[r][1], a0, a1, f + r * row);
@@ -182,36 +182,41 @@ static INLINE void products(const Lines& lines, const uint8_t* factors, int64_t 
 }
 #endif
 
-// 32 products of 15-bit fractions, (a * s + 2^14) >> 15, and their sum.
+// 32 products of 15-bit fractions, (a * s + 2^14) >> 15, and their sums in 16-bit lanes, added over a few calls.
 #if SERVAL_AVX512
+typedef __m512i Totals;
+static INLINE Totals no_totals() { return _mm512_setzero_si512(); }
+static INLINE vi widen(Totals t) { return (vi)_mm512_madd_epi16(t, _mm512_set1_epi16(1)); }
 struct Fractions { __m512i v; };
 static INLINE Fractions fractions(const int16_t* s, int shift) {  // s >> shift, rounded
   return {_mm512_mulhrs_epi16(_mm512_loadu_si512(s), _mm512_set1_epi16((int16_t)(1 << (15 - shift))))};
 }
-template <bool KEYS> static INLINE void fold(const int16_t* a, Fractions s, uint8_t* out, vi& total) {
+template <bool KEYS> static INLINE void fold(const int16_t* a, Fractions s, uint8_t* out, Totals& total) {
   const __m512i x = _mm512_mulhrs_epi16(_mm512_loadu_si512(a), s.v);
   _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi16_epi8(x));
-#if OSCAR_VNNI
-  total = (vi)_mm512_dpwssd_epi32((__m512i)total, x, _mm512_set1_epi16(1));
-#else
-  total += (vi)_mm512_madd_epi16(x, _mm512_set1_epi16(1));
-#endif
+  total = _mm512_add_epi16(total, x);
 }
 #elif SERVAL_AVX2
+typedef __m256i Totals;
+static INLINE Totals no_totals() { return _mm256_setzero_si256(); }
+static INLINE vi widen(Totals t) { return (vi)_mm256_madd_epi16(t, _mm256_set1_epi16(1)); }
 struct Fractions { __m256i a, b; };
 static INLINE Fractions fractions(const int16_t* s, int shift) {
   const __m256i factor = _mm256_set1_epi16((int16_t)(1 << (15 - shift)));
   return {_mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i*)s), factor),
           _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i*)(s + 16)), factor)};
 }
-template <bool KEYS> static INLINE void fold(const int16_t* a, Fractions s, uint8_t* out, vi& total) {
+template <bool KEYS> static INLINE void fold(const int16_t* a, Fractions s, uint8_t* out, Totals& total) {
   const __m256i x = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i*)a), s.a);
-  const __m256i y = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i*)(a + 16)), s.b), one = _mm256_set1_epi16(1);
+  const __m256i y = _mm256_mulhrs_epi16(_mm256_loadu_si256((const __m256i*)(a + 16)), s.b);
   const __m256i packed = KEYS ? _mm256_packs_epi16(x, y) : _mm256_packus_epi16(x, y);
   _mm256_storeu_si256((__m256i*)out, _mm256_permute4x64_epi64(packed, 0xd8));
-  total += (vi)_mm256_madd_epi16(_mm256_add_epi16(x, y), one);
+  total = _mm256_add_epi16(total, _mm256_add_epi16(x, y));
 }
 #else
+typedef vi Totals;
+static INLINE Totals no_totals() { return vi{}; }
+static INLINE vi widen(Totals t) { return t; }
 struct Fractions { int16_t v[32]; };
 static INLINE int16_t fraction(int32_t a, int32_t s) { return (int16_t)((a * s + (1 << 14)) >> 15); }
 static INLINE Fractions fractions(const int16_t* s, int shift) {
@@ -219,7 +224,7 @@ static INLINE Fractions fractions(const int16_t* s, int shift) {
   for (int i = 0; i < 32; i++) f.v[i] = fraction(s[i], 1 << (15 - shift));
   return f;
 }
-template <bool KEYS> static INLINE void fold(const int16_t* a, Fractions s, uint8_t* out, vi& total) {
+template <bool KEYS> static INLINE void fold(const int16_t* a, Fractions s, uint8_t* out, Totals& total) {
   for (int i = 0; i < 32; i++) {
     const int16_t x = fraction(a[i], s.v[i]);
     out[i] = (uint8_t)x;

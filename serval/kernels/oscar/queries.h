@@ -13,7 +13,6 @@ struct Queries {
   float *q, *unit, *units, *sums, *exact;
 
   const float* row(int64_t r) const { return q + r * depth; }
-  const int16_t* integers(int64_t r) const { return words.data() + r * wide; }
   const uint8_t* small(int64_t r) const { return bytes.data() + r * wide; }
 };
 
