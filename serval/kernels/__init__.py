@@ -25,7 +25,7 @@ from serval.kernels.w4a8 import (
     stack_weights,
     unpack_weight,
 )
-from serval.kernels.walsh_hadamard import hadamard
+from serval.kernels.walsh_hadamard import hadamard, hadamard_pair
 
 __all__ = [
     "PackedWeight",
@@ -34,6 +34,7 @@ __all__ = [
     "fetch_snapmla",
     "grouped_linear",
     "hadamard",
+    "hadamard_pair",
     "linear",
     "oscar",
     "pack_weight",

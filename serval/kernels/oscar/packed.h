@@ -251,6 +251,6 @@ static void sum_values(const Format& f, const Tile& t, const Rows& rows, Workspa
 template <int R, int DIM>
 static void step(const Format& f, const Tile& t, const Rows& rows, Workspace& w) {
   if (f.by_token) f.k_bits == 2 ? scores_by_token<R, 2>(f, t, rows, w) : scores_by_token<R, 4>(f, t, rows, w);
-  else f.k_bits == 2 ? scores_by_channel<R, 2, DIM>(f, t, rows, w) : scores_by_channel<R, 4, DIM>(f, t, rows, w);
-  f.v_bits == 2 ? sum_values<R, 2, DIM>(f, t, rows, w) : sum_values<R, 4, DIM>(f, t, rows, w);
+  else f.k_bits == 2 ? scores_by_channel<R, 2, DIM>(f, t, rows, w) : scores_by_channel<R, 4, 0>(f, t, rows, w);
+  f.v_bits == 2 ? sum_values<R, 2, DIM>(f, t, rows, w) : sum_values<R, 4, 0>(f, t, rows, w);
 }

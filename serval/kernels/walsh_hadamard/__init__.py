@@ -6,9 +6,27 @@ Floor: a row is read and written once, 8 D bytes; log2(block) additions per numb
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from serval.kernels import jit
 from serval.kernels.walsh_hadamard import reference
+
+_KERNEL = jit.Kernel("walsh_hadamard", "walsh_hadamard", "ppl ppl l f i")
+
+
+def _block(dim: int, block: int | None) -> int:
+    block = reference.largest_block(dim) if block is None else block
+    if block < 1 or block & (block - 1) or dim % block:
+        raise ValueError(
+            f"hadamard got rows of {dim} and block {block}; it expects a power of two that "
+            f"divides the width, such as {reference.largest_block(dim)}"
+        )
+    return block
+
+
+def _fast(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_cpu and not jit.differentiating(x)
 
 
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
@@ -18,11 +36,31 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     The matrix is symmetric and its own inverse, so applying this twice returns x, and
     (x H)(y H)^T = x y^T. Raises ValueError unless block is a power of two that divides D.
     """
-    dim = x.shape[-1]
-    block = reference.largest_block(dim) if block is None else block
-    if block < 1 or block & (block - 1) or dim % block:
-        raise ValueError(
-            f"hadamard got rows of {dim} and block {block}; it expects a power of two that "
-            f"divides the width, such as {reference.largest_block(dim)}"
-        )
-    return reference.hadamard(x, block)
+    block = _block(x.shape[-1], block)
+    function = _KERNEL.get() if _fast(x) and jit.plain(x) else None
+    if function is None:
+        return reference.hadamard(x, block)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    function(
+        x.data_ptr(), out.data_ptr(), x.numel() // block, None, None, 0, block, block**-0.5,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def hadamard_pair(x: Tensor, y: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
+    """`hadamard` of x [..., D] and y [..., D], such as a step's queries and keys, in one call."""
+    block = _block(x.shape[-1], block)
+    usable = x.shape[-1] == y.shape[-1] and _fast(x) and _fast(y) and jit.plain(x, y)
+    function = _KERNEL.get() if usable else None
+    if function is None:
+        return hadamard(x, block), hadamard(y, block)
+    x, y = x.contiguous(), y.contiguous()
+    outs = torch.empty_like(x), torch.empty_like(y)
+    function(
+        x.data_ptr(), outs[0].data_ptr(), x.numel() // block,
+        y.data_ptr(), outs[1].data_ptr(), y.numel() // block,
+        block, block**-0.5, torch.get_num_threads(),
+    )  # fmt: skip
+    return outs
