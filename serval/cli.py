@@ -199,7 +199,9 @@ def inspect(
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
     sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each (default: 512, or what fits).")
+    ] = None,
     rate_sequences: Annotated[
         int, typer.Option(help="Sequences of 64 tokens for the sink rate.")
     ] = 100,

@@ -33,6 +33,7 @@ from serval.models.checkpoint import locate
 from serval.models.decoder import Decoder
 
 PRESENT, STRONG = 2.0, 20.0  # sink rate, percent
+LONGEST = 512  # tokens of a sequence, unless told otherwise
 
 # A name and, for a sequence's number, its hooks and its store.
 Case = tuple[str, Callable[[int], Sequence[Hook]], Callable[[int], Store | None]]
@@ -43,16 +44,16 @@ class InspectOptions:
     """What to look at.
 
     model: directory or hub name. text, text_field: see `evaluation_texts`. sequences of `tokens`
-    tokens each; rate_sequences of 64 tokens give the sink rate. epsilon: of the sink rate; tau: of
-    received-mass sinks (None: tokens / 8). bits: of the quantised cache. Raises ConfigError for a
-    value out of range.
+    tokens each (None: 512, or what model and text allow); rate_sequences of 64 give the sink rate.
+    epsilon: of the sink rate; tau: of received-mass sinks (None: tokens / 8). bits: of the
+    quantised cache. Raises ConfigError for a value out of range.
     """
 
     model: str | Path
     text: str | None = None
     text_field: str = "text"
     sequences: int = 8
-    tokens: int = 512
+    tokens: int | None = None
     rate_sequences: int = 100
     epsilon: float = EPSILON
     tau: float | None = None
@@ -62,14 +63,16 @@ class InspectOptions:
     def __post_init__(self) -> None:
         least = {"sequences": 1, "tokens": 16, "rate_sequences": 1, "bits": 1}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
+            value = getattr(self, name)
+            if value is not None and value < bound:
                 option = name.replace("_", "-")
-                raise ConfigError(f"--{option} must be at least {bound}, got {getattr(self, name)}")
+                raise ConfigError(f"--{option} must be at least {bound}, got {value}")
         if not 0 < self.epsilon < 1:
             raise ConfigError(f"--epsilon must lie between 0 and 1, got {self.epsilon}")
-        if self.tau is not None and not 1 < self.tau < self.tokens:
+        most = LONGEST if self.tokens is None else self.tokens
+        if self.tau is not None and not 1 < self.tau < most:
             raise ConfigError(
-                f"--tau must lie between 1 and --tokens ({self.tokens}), got {self.tau}: no key "
+                f"--tau must lie between 1 and --tokens ({most}), got {self.tau}: no key "
                 "receives more than that many times the mean"
             )
 
@@ -165,15 +168,17 @@ def run(options: InspectOptions, progress: Progress | None = None) -> Inspection
     directory = locate(options.model)
     tokenizer: Any = load_tokenizer(directory)
     context = checkpoint.read_config(directory).max_position_embeddings
-    if options.tokens > context:
+    if options.tokens is not None and options.tokens > context:
         raise ConfigError(
             f"--tokens {options.tokens} exceeds the model's context of {context} "
             "(max_position_embeddings); choose less"
         )
     texts = evaluation_texts(options.text, directory, field=options.text_field)
     documents = list(tokenize(texts, tokenizer))
-    long = windows(documents, options.tokens, options.sequences, options.seed)
-    rate = windows(documents, min(LENGTH, options.tokens), options.rate_sequences, options.seed)
+    longest = max((len(document) for document in documents), default=0)
+    tokens = options.tokens or max(16, min(LONGEST, context, longest))
+    long = windows(documents, tokens, options.sequences, options.seed)
+    rate = windows(documents, min(LENGTH, tokens), options.rate_sequences, options.seed)
     decoder = checkpoint.load(options.model).eval()
     result = inspect_decoder(decoder, long, rate, options, progress)
     given = Path(options.model).expanduser()
