@@ -87,6 +87,10 @@ def _write(
     latent: Tensor, k_rope: Tensor, slots: Tensor, codes: Tensor, scales: Tensor, rope: Tensor,
     rope8: bool,
 ) -> None:  # fmt: skip
+    gpu = _triton_kernels() if latent.is_cuda else None
+    if gpu is not None:
+        gpu.write(latent, k_rope, slots, codes, scales, rope, rope8)
+        return
     function = _compiled(_WRITE, (codes, scales, rope))
     if function is None:
         reference.write(latent, k_rope, slots, codes, scales, rope, rope8)

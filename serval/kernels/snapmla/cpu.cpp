@@ -9,29 +9,11 @@
 // The next block's lines are requested meanwhile, evenly. Blocks start at multiples of 64 tokens, whatever the page.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
+#include "products.h"
 #include "storage.h"
-#include "tile.h"
 
-constexpr int64_t BLOCK = 64, ROWS = 128;
-constexpr float LOWEST = -std::numeric_limits<float>::infinity();
-
-#if SNAP_BF16
-constexpr int PAIR = 2;  // numbers in a unit
-typedef uint32_t unit;
-typedef vu vunit;
-static INLINE vf multiply(vf acc, vunit a, unit b) {
-  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)b));
-}
-#else
-constexpr int PAIR = 1;
-typedef float unit;
-typedef vf vunit;
-static INLINE vf multiply(vf acc, vunit a, unit b) { return acc + a * b; }
-#endif
-static INLINE vunit load_units(const unit* p) { vunit v; memcpy(&v, p, sizeof v); return v; }
-constexpr int COLUMNS = TILE_VECS * W, GROUP_KEYS = W == 16 ? 16 : 8;  // keys per tile of one vector of rows
+constexpr int64_t ROWS = 128;
 
 struct Snap {
   const float *q, *q2;  // query row (t, h): q + t * q_row + h * q_head, `latent` floats; q2 likewise, `rope` floats
@@ -45,47 +27,25 @@ struct Snap {
 // Query rows (query * heads + head) first.. of a sequence, keys from..to; partial: row of the partial buffers, or -1.
 struct Task { int64_t sequence, first, rows, from, to, partial; };
 
-// Lines of memory that the next block needs.
-struct Ahead {
-  std::vector<const char*> lines;
-  size_t at = 0;
-  void clear() { lines.clear(), at = 0; }
-  void add(const void* p, int64_t bytes) {
-    for (const char *c = (const char*)((uintptr_t)p & ~(uintptr_t)63), *end = (const char*)p + bytes; c < end; c += 64) lines.push_back(c);
-  }
-  INLINE void request() { if (at < lines.size()) __builtin_prefetch(lines[at++], 0, 2); }
-};
-
 struct Scratch {
   std::vector<float> memory;
-  Ahead ahead;
+  Ahead::Piece pieces[3 * BLOCK];
   float* take(float*& cursor, int64_t n) { float* p = cursor; cursor += (n + 31) & ~31ll; return p; }
 };
 static thread_local Scratch scratch;
 static INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-// One query row: codes and aligned rotary part as units at to[u * W]; returns the scale. line: space for a row.
-static float pack_query(const Snap& a, const float* q, const float* q2, int64_t cp, int64_t rp, float* line, unit* to) {
+
+// One query row as units, [cp | rp] numbers at `line`, which is zero beyond them; returns the scale.
+static float code_query(const Snap& a, const float* q, const float* q2, int64_t cp, unit* line) {
   float largest = largest_of(q, a.latent);
   if (a.rope8) largest = std::max(largest, largest_of(q2, a.rope));
   const float s = scale_of(largest);
-  memset(line, 0, (cp + rp) * sizeof(float));
-  for (int64_t i = 0; i < a.latent; i += W) {
-    const int64_t n = std::min<int64_t>(W, a.latent - i);
-    store_some(line + i, round_e4m3(load_some(q + i, n) / s), n);
-  }
+  for (int64_t i = 0; i < a.latent; i += W) put(line, i, round_e4m3(load_upto(q + i, a.latent - i) / s), a.latent - i);
   for (int64_t i = 0; i < a.rope; i += W) {
-    const int64_t n = std::min<int64_t>(W, a.rope - i);
-    const vf v = load_some(q2 + i, n) / s;
-    if (a.rope8) { store_some(line + cp + i, round_e4m3(v), n); continue; }
+    const vf v = load_upto(q2 + i, a.rope - i) / s;
     bf16 narrow[W]; store(narrow, v);
-    store_some(line + cp + i, load(narrow), n);
+    put(line, cp + i, a.rope8 ? round_e4m3(v) : load(narrow), a.rope - i);
   }
-#if SNAP_BF16
-  const uint32_t* bits = (const uint32_t*)line;
-  for (int64_t u = 0; u < (cp + rp) / 2; u++) to[u * W] = (bits[2 * u] >> 16) | (bits[2 * u + 1] & 0xffff0000u);
-#else
-  for (int64_t u = 0; u < cp + rp; u++) to[u * W] = line[u];
-#endif
   return s;
 }
 
@@ -109,147 +69,41 @@ static INLINE void unpack_key(const Snap& a, const uint8_t* codes, const uint16_
 #endif
 }
 
-// s[k * 2W + v * W] = dot products of V vectors of query rows with K keys.
-template <int V, int K>
-static void scores(int64_t depth, const unit* q, int64_t next, const unit* keys, int64_t pitch, float* s, Ahead& ahead) {
-  vf acc[K][V];
-#pragma GCC unroll 16
-  for (int k = 0; k < K; k++)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) acc[k][v] = vf{};
-  for (int64_t u = 0; u < depth; u += 4) {
-    ahead.request();
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      vunit x[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) x[v] = load_units(q + v * next + (u + i) * W);
-#pragma GCC unroll 16
-      for (int k = 0; k < K; k++)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; v++) acc[k][v] = multiply(acc[k][v], x[v], keys[k * pitch + u + i]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int k = 0; k < K; k++)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) store(s + k * 2 * W + v * W, acc[k][v]);
-}
-
-// Softmax step of one vector of rows over n keys: s (stride 2W) in, units of quantised probabilities p (stride ldp) out.
-static INLINE vf soften(float* s, int64_t n, vf factor, const float* key_scales, vi limit, float* m, float* scale,
-                        float* mass, unit* p, int64_t ldp) {
-  vf top = load(m);
-  const vf before = top;
-  for (int64_t k = 0; k < n; k++) {
-    vf x = load(s + k * 2 * W) * factor * key_scales[k];
-    x = limit > (int32_t)k ? x : splat(LOWEST);
-    store(s + k * 2 * W, x);
-    top = vmax(top, x);
-  }
-  const vf base = top == splat(LOWEST) ? vf{} : top;
-  vf total = {}, high = {};
-  for (int64_t k = 0; k < n; k++) {
-    const vf e = vexp(load(s + k * 2 * W) - base), f = e * key_scales[k];
-    total += e, high = vmax(high, f);
-    store(s + k * 2 * W, f);
-  }
-  const vf fresh = high == vf{} ? splat(1.0f) : vmax(high, splat(SMALLEST)) / LARGEST, inverse = 1.0f / fresh;
-  auto code = [&](int64_t k) {
-    return k < n ? round_magnitude(vmin(load(s + k * 2 * W) * inverse, splat(LARGEST))) : vf{};
-  };
-  for (int64_t k = 0; k < BLOCK; k += PAIR) {
-#if SNAP_BF16
-    const vu both = ((vu)code(k) >> 16) | (vu)code(k + 1);
-    memcpy(p + k / 2 * ldp, &both, sizeof both);
-#else
-    store(p + k * ldp, code(k));
-#endif
-  }
-  const vf beta = vexp(before - base) * load(scale) * inverse;
-  store(mass, load(mass) * beta + total * inverse);
-  store(m, top), store(scale, fresh);
-  return beta;
-}
-
-// o [R rows, COLUMNS] = beta * o + p * values, where p[u * ldp + r] meets values[u * ldv ..].
-template <int R>
-static void sums(int64_t depth, const unit* p, int64_t ldp, const unit* values, int64_t ldv, float* o, int64_t ldo,
-                 const float* beta, Ahead& ahead) {
-  vf acc[R][TILE_VECS];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < TILE_VECS; v++) acc[r][v] = load(o + r * ldo + v * W) * beta[r];
-  for (int64_t u = 0; u < depth; u++) {
-    if (u % 2 == 0) ahead.request();
-    vunit x[TILE_VECS];
-#pragma GCC unroll 4
-    for (int v = 0; v < TILE_VECS; v++) x[v] = load_units(values + u * ldv + v * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < TILE_VECS; v++) acc[r][v] = multiply(acc[r][v], x[v], p[u * ldp + r]);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < TILE_VECS; v++) store(o + r * ldo + v * W, acc[r][v]);
-}
-
-// COLUMNS latent dims of all keys as `sums` wants them: rows of units; returns their stride.
-static INLINE int64_t arrange(const unit* keys, int64_t pitch, int64_t column, unit* buffer, const unit** values) {
-#if SNAP_BF16
-  for (int64_t k = 0; k < BLOCK; k += 2) {
-    const uint16_t *x = (const uint16_t*)(keys + k * pitch) + column, *y = (const uint16_t*)(keys + (k + 1) * pitch) + column;
-    for (int64_t i = 0; i < COLUMNS; i += 32) {
-      const __m512i a = _mm512_loadu_si512(x + i), b = _mm512_loadu_si512(y + i);
-      _mm512_storeu_si512(buffer + k / 2 * COLUMNS + i, _mm512_unpacklo_epi16(a, b));
-      _mm512_storeu_si512(buffer + k / 2 * COLUMNS + i + 16, _mm512_unpackhi_epi16(a, b));
-    }
-  }
-  *values = buffer;
-  return COLUMNS;
-#else
-  *values = keys + column;
-  return pitch;
-#endif
-}
-// Where dim d of an output row lies after `arrange`.
-static INLINE int64_t place(int64_t d) {
-  return PAIR == 1 ? d : d / 32 * 32 + (d % 8 < 4 ? 0 : 16) + d % 32 / 8 * 4 + d % 4;
-}
-
 struct Partials { float *lse, *o; };
 
 static void run(const Snap& a, const Task& t, const Partials& partials) {
-  const int64_t cp = round_up(a.latent, 64), rp = round_up(a.rope, 16), depth = (cp + rp) / PAIR, pitch = depth;
+  const int64_t cp = round_up(a.latent, 64), rp = round_up(a.rope, 16 * PAIR), depth = (cp + rp) / PAIR, pitch = depth;
   const int64_t rows = round_up(t.rows, W), groups = rows / W, pairs = BLOCK / PAIR;
   const int64_t need = rows * depth + BLOCK * pitch + BLOCK * COLUMNS + BLOCK * 2 * W + pairs * rows + rows * cp +
-                       6 * rows + cp + rp + BLOCK + 20 * 32;
+                       6 * rows + cp + W * depth + BLOCK + 20 * 32;
   if ((int64_t)scratch.memory.size() < need + 16) scratch.memory.resize(need + 16);
   float* cursor = (float*)(((uintptr_t)scratch.memory.data() + 63) & ~(uintptr_t)63);
   unit *q = (unit*)scratch.take(cursor, rows * depth), *keys = (unit*)scratch.take(cursor, BLOCK * pitch);
   unit *buffer = (unit*)scratch.take(cursor, BLOCK * COLUMNS), *p = (unit*)scratch.take(cursor, pairs * rows);
   float *s = scratch.take(cursor, BLOCK * 2 * W), *o = scratch.take(cursor, rows * cp), *m = scratch.take(cursor, rows);
   float *scale = scratch.take(cursor, rows), *mass = scratch.take(cursor, rows), *beta = scratch.take(cursor, rows);
-  float *factor = scratch.take(cursor, rows), *line = scratch.take(cursor, cp + rp), *ks = scratch.take(cursor, BLOCK);
+  float *factor = scratch.take(cursor, rows), *line = scratch.take(cursor, cp), *ks = scratch.take(cursor, BLOCK);
+  unit* lines = (unit*)scratch.take(cursor, W * depth);
   int32_t* limits = (int32_t*)scratch.take(cursor, rows);
-  Ahead& ahead = scratch.ahead;
+  Ahead ahead{scratch.pieces, 0, nullptr, nullptr, 0};
 
   const int64_t begin = a.starts[t.sequence], past = a.lens[t.sequence] - (a.starts[t.sequence + 1] - begin);
   const int32_t* table = a.tables + t.sequence * a.table_width;
-  for (int64_t r = 0; r < rows; r++) {
-    m[r] = LOWEST, scale[r] = 1, mass[r] = 0, factor[r] = 0, limits[r] = 0;
-    unit* to = q + r / W * depth * W + r % W;
-    if (r >= t.rows) { for (int64_t u = 0; u < depth; u++) to[u * W] = 0; continue; }
-    const int64_t query = (t.first + r) / a.heads, head = (t.first + r) % a.heads;
-    const float *x = a.q + (begin + query) * a.q_row + head * a.q_head, *x2 = a.q2 + (begin + query) * a.q2_row + head * a.q2_head;
-    factor[r] = pack_query(a, x, x2, cp, rp, line, to) * a.scale;
-    limits[r] = (int32_t)(past + query + 1);
+  memset((void*)lines, 0, W * depth * sizeof(unit));
+  for (int64_t g = 0; g < groups; g++) {
+    for (int64_t i = 0, r = g * W; i < W; i++, r++) {
+      m[r] = LOWEST, scale[r] = 1, mass[r] = 0, factor[r] = 0, limits[r] = 0;
+      if (r >= t.rows) { memset((void*)(lines + i * depth), 0, depth * sizeof(unit)); continue; }
+      const int64_t query = (t.first + r) / a.heads, head = (t.first + r) % a.heads;
+      const float* x = a.q + (begin + query) * a.q_row + head * a.q_head;
+      const float* x2 = a.q2 + (begin + query) * a.q2_row + head * a.q2_head;
+      factor[r] = code_query(a, x, x2, cp, lines + i * depth) * a.scale;
+      limits[r] = (int32_t)(past + query + 1);
+    }
+    pack(lines, depth, g == groups - 1 && groups % 2, q + g * W * depth);
   }
   memset(o, 0, rows * cp * sizeof(float));
-  memset((void*)keys, 0, BLOCK * pitch * sizeof(unit));
+  if (cp != a.latent || rp != a.rope) memset((void*)keys, 0, BLOCK * pitch * sizeof(unit));
 
   // Calls body(first token's place, count) for pieces of tokens at.. that lie together.
   auto pieces = [&](int64_t at, int64_t n, auto body) {
@@ -268,18 +122,19 @@ static void run(const Snap& a, const Task& t, const Partials& partials) {
     });
     // What an earlier block left behind the last token would meet probabilities of zero, unless it is not finite.
     if (n < BLOCK) memset((void*)(keys + n * pitch), 0, (BLOCK - n) * pitch * sizeof(unit));
-    ahead.clear();
+    ahead.count = 0;
     if (following > 0) pieces(at + BLOCK, following, [&](int64_t from, int64_t, int64_t count) {
       ahead.add(a.codes + from * a.latent, count * a.latent);
       ahead.add(a.ropes + from * a.rope, count * a.rope * 2);
       ahead.add(a.scales + from, count * 4);
     });
+    ahead.start();
     for (int64_t g = 0; g < groups; g += 2) {
       const unit* x = q + g * depth * W;
       const int64_t vectors = std::min<int64_t>(2, groups - g);
-      constexpr int K = GROUP_KEYS / 2;
-      if (vectors == 2) for (int64_t k = 0; k < n; k += K) scores<2, K>(depth, x, depth * W, keys + k * pitch, pitch, s + k * 2 * W, ahead);
-      else for (int64_t k = 0; k < n; k += GROUP_KEYS) scores<1, GROUP_KEYS>(depth, x, 0, keys + k * pitch, pitch, s + k * 2 * W, ahead);
+      for (int64_t k = 0; k < n; k += KEYS)
+        if (vectors == 2) scores<KEYS>(depth, x, depth * W, keys + k * pitch, pitch, s + k * 2 * W, ahead);
+        else scores_one<KEYS>(depth, x, keys + k * pitch, pitch, s + k * 2 * W, ahead);
       for (int64_t v = 0; v < vectors; v++) {
         const int64_t r = (g + v) * W;
         vi limit; memcpy(&limit, limits + r, sizeof limit);
@@ -307,9 +162,9 @@ static void run(const Snap& a, const Task& t, const Partials& partials) {
   for (int64_t r = 0; r < t.rows; r++) {
     const int64_t row = begin * a.heads + t.first + r;
     float *to = t.partial < 0 ? a.out + row * a.latent : partials.o + (t.partial + r) * a.latent;
-    const float* from = o + r * cp;
     const float lse = mass[r] == 0 ? LOWEST : m[r] + std::log(mass[r] * scale[r]), inverse = mass[r] == 0 ? 0 : 1 / mass[r];
-    for (int64_t d = 0; d < a.latent; d++) to[d] = from[place(d)] * inverse;
+    restore(o + r * cp, cp, inverse, line);
+    memcpy(to, line, a.latent * sizeof(float));
     if (t.partial >= 0) partials.lse[t.partial + r] = lse;
     else if (a.lse) a.lse[row] = lse;
   }

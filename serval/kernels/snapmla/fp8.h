@@ -8,6 +8,10 @@
 
 constexpr float LARGEST = 448.0f, SMALLEST = 1e-26f;
 
+// The first n elements of a vector, all where n is more than W.
+template <class T> static INLINE vf load_upto(const T* p, int64_t n) { return n >= W ? load(p) : load_some(p, n); }
+template <class T> static INLINE void store_upto(T* p, vf v, int64_t n) { n >= W ? store(p, v) : store_some(p, v, n); }
+
 // v in [0, 448] rounded to the nearest E4M3 number, ties to even: adding a power of two whose last place is the result's.
 static INLINE vf round_magnitude(vf v) {
   vi base = (vi)v & 0x7f800000, least = vi{} + (121 << 23);  // below 2^-6 the last place stays 2^-9

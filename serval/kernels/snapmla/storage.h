@@ -29,14 +29,12 @@ EXPORT int snapmla_write(const float* x, int64_t x_row, int64_t latent, const fl
       scales[slots[t]] = s;
       uint8_t* to = codes + slots[t] * latent;
       for (int64_t i = 0; i < latent; i += W) {
-        const int64_t n = std::min<int64_t>(W, latent - i);
-        const vb code = codes_of(round_e4m3(load_some(c + i, n) / s));
-        memcpy(to + i, &code, n);
+        const vb code = codes_of(round_e4m3(load_upto(c + i, latent - i) / s));
+        memcpy(to + i, &code, std::min<int64_t>(W, latent - i));
       }
       for (int64_t i = 0; i < rope; i += W) {
-        const int64_t n = std::min<int64_t>(W, rope - i);
-        const vf v = load_some(r + i, n) / s;
-        store_some((bf16*)ropes + slots[t] * rope + i, rope8 ? round_e4m3(v) : v, n);
+        const vf v = load_upto(r + i, rope - i) / s;
+        store_upto((bf16*)ropes + slots[t] * rope + i, rope8 ? round_e4m3(v) : v, rope - i);
       }
     }
   });
@@ -57,11 +55,10 @@ EXPORT int snapmla_fetch(const uint8_t* codes, const float* scales, const uint16
       for (int64_t i = 0; i < latent; i += W) {
         const int64_t n = std::min<int64_t>(W, latent - i);
         uint8_t some[W] = {}; memcpy(some, codes + from * latent + i, n);
-        store_some(to + i, decode(some) * s, n);
+        store_upto(to + i, decode(some) * s, n);
       }
       for (int64_t i = 0; i < rope; i += W) {
-        const int64_t n = std::min<int64_t>(W, rope - i);
-        store_some(to + latent + i, load_some((const bf16*)ropes + from * rope + i, n) * s, n);
+        store_upto(to + latent + i, load_upto((const bf16*)ropes + from * rope + i, rope - i) * s, rope - i);
       }
     }
   });
