@@ -20,6 +20,7 @@ from serval.compress.scheme import Activations, WeightScheme
 from serval.compress.storage import ROW_FACTOR, Format, Storage
 from serval.compress.targets import Target, targets
 from serval.errors import ConfigError
+from serval.models.checkpoint.quantized import CheckpointModule
 from serval.models.checkpoint.safetensors_file import StoredTensor
 from serval.models.decoder import Decoder
 
@@ -121,7 +122,17 @@ class CompressedTensors:
         for target in targets(decoder):
             storages = _storages(target, groups, ignore, stored)
             if storages is not None:
-                place(decoder, target, empty_module(target, storages))
+                place(decoder, target, _module(target, storages))
+
+
+def _module(target: Target, storages: list[Storage]) -> CheckpointModule:
+    """A module for `target` without values; raises ConfigError naming it."""
+    try:
+        made = empty_module(target, storages)
+        made.checkpoint_spec()  # groups that do not divide its inputs show here at the latest
+    except ConfigError as error:
+        raise ConfigError(f"config.json: quantization_config: {target.name}: {error}") from error
+    return made
 
 
 @dataclass(frozen=True)

@@ -126,13 +126,16 @@ class QuantizedLinear(PackedModule):
     def quantized(self) -> QuantizedWeight:
         """The matrix held."""
         weight = unpack(self.packed, self.storage)
-        weight.input_scale, weight.order = self.input_scale, self.order
+        device = weight.codes.device
+        weight.input_scale = self.input_scale
+        weight.order = None if self.order is None else self.order.to(device)
         if self.shift is not None:
-            weight.zero_points = (self.shift / weight.scales).round().to(torch.int8)
+            shift = self.shift.to(device)
+            weight.zero_points = (shift / weight.scales).round().to(torch.int8)
         elif self.storage.zero_points:
             weight.zero_points = torch.zeros_like(weight.scales, dtype=torch.int8)
         if self.storage.group_index and self.order is None:
-            weight.order = torch.arange(self.in_features)
+            weight.order = torch.arange(self.in_features, device=device)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Storage:
         """The stored tensors of `weight`, those of `spec`."""
         codes = weight.codes
         if weight.order is not None:
-            codes = torch.empty_like(codes).index_copy_(1, weight.order, codes)
+            codes = torch.empty_like(codes).index_copy_(1, weight.order.to(codes.device), codes)
         tensors = {"weight_scale": weight.scales.to(self.scale_dtype)}
         if self.format == "pack-quantized":
             tensors["weight_packed"] = pack_int32(codes, self.scheme.bits)
@@ -123,9 +123,8 @@ class Storage:
             )
         if weight.order is not None:
             size = codes.shape[1] // weight.scales.shape[1]
-            index = torch.empty(codes.shape[1], dtype=torch.int32)
-            index[weight.order] = torch.arange(codes.shape[1], dtype=torch.int32) // size
-            tensors["weight_g_idx"] = index
+            place = weight.order.argsort()  # of each input among the columns
+            tensors["weight_g_idx"] = (place // size).to(codes.device, torch.int32)
         if weight.row_factor is not None:
             tensors[ROW_FACTOR] = weight.row_factor
         if self.scheme.activations == "static":
@@ -138,11 +137,13 @@ class Storage:
     def decode(
         self,
         tensors: Mapping[str, Tensor],
-        name: str = "weight",
+        name: str = "",
         shape: tuple[int, int] | None = None,
     ) -> QuantizedWeight:
-        """The matrix whose stored tensors are given; `name` is for error messages, `shape` what the
-        model expects. Raises CheckpointError when they contradict each other or the scheme."""
+        """The matrix whose stored tensors are given; `name` is the module's for error messages,
+        `shape` what the model expects. Raises CheckpointError, beginning with the tensor's name,
+        when they contradict each other or the scheme."""
+        at = f"{name}." if name else ""
         bits = self.scheme.bits
         scales = tensors["weight_scale"].float()
         if self.format == "pack-quantized":
@@ -151,7 +152,7 @@ class Storage:
             fits = rows == packed.shape[0] and -(-columns * bits // 32) == packed.shape[1]
             if not fits or (shape is not None and shape != (rows, columns)):
                 raise CheckpointError(
-                    f"{name}.weight_shape is ({rows}, {columns}), which does not fit "
+                    f"{at}weight_shape is ({rows}, {columns}), which does not fit "
                     f"weight_packed {tuple(packed.shape)} of {bits} bits"
                     + ("" if shape is None else f" of a matrix {shape}")
                 )
@@ -162,39 +163,39 @@ class Storage:
                 low, high = codes.aminmax()
                 if low < self.scheme.lowest or high > self.scheme.highest:
                     raise CheckpointError(
-                        f"{name}.weight holds codes from {int(low)} to {int(high)}; {bits} bits "
+                        f"{at}weight holds codes from {int(low)} to {int(high)}; {bits} bits "
                         f"reach from {self.scheme.lowest} to {self.scheme.highest}"
                     )
         if not torch.isfinite(scales).all():
-            raise CheckpointError(f"{name}.weight_scale holds NaN or infinity")
+            raise CheckpointError(f"{at}weight_scale holds NaN or infinity")
         weight = QuantizedWeight(codes, scales, self.scheme, self.scale_dtype)
         if self.zero_points:
-            self._decode_zero_points(weight, tensors["weight_zero_point"], name)
+            self._decode_zero_points(weight, tensors["weight_zero_point"], at)
         if self.group_index:
-            _decode_order(weight, tensors["weight_g_idx"], name)
+            _decode_order(weight, tensors["weight_g_idx"], at)
         if self.scheme.scales == "integer":
             weight.row_factor = tensors[ROW_FACTOR]
-            weight.integer = _integers(scales, weight.row_factor, name)
+            weight.integer = _integers(scales, weight.row_factor, at)
         if self.scheme.activations == "static":
             weight.input_scale = float(tensors["input_scale"])
             if not 0 < weight.input_scale < float("inf"):
                 raise CheckpointError(
-                    f"{name}.input_scale is {weight.input_scale}; a scale is a positive number"
+                    f"{at}input_scale is {weight.input_scale}; a scale is a positive number"
                 )
             if self.input_zero_point and tensors["input_zero_point"].any():
                 raise CheckpointError(
-                    f"{name}.input_zero_point is not 0; Serval reads symmetric activations only"
+                    f"{at}input_zero_point is not 0; Serval reads symmetric activations only"
                 )
         return weight
 
-    def _decode_zero_points(self, weight: QuantizedWeight, zeros: Tensor, name: str) -> None:
+    def _decode_zero_points(self, weight: QuantizedWeight, zeros: Tensor, at: str) -> None:
         if self.format == "pack-quantized":
             zeros = unpack_int32(zeros.T, self.scheme.bits, weight.codes.shape[0]).T.contiguous()
         if not zeros.any():
             return
         if self.scheme.activations != "none":
             raise CheckpointError(
-                f"{name}.weight_zero_point is not 0; with quantised activations Serval reads "
+                f"{at}weight_zero_point is not 0; with quantised activations Serval reads "
                 "symmetric weights only"
             )
         weight.zero_points = zeros
@@ -238,20 +239,20 @@ class Storage:
         )
 
 
-def _integers(scales: Tensor, factor: Tensor, name: str) -> Tensor:
+def _integers(scales: Tensor, factor: Tensor, at: str) -> Tensor:
     """The int16 [N, G] whose products with factor [N] are `scales`."""
     ratio = scales / factor.unsqueeze(1)
     integer = ratio.round()
     whole = (ratio - integer).abs() < 0.05  # float32 products are off by 0.004 at most
     if not (whole & (integer.abs() < 2**15)).all():
         raise CheckpointError(
-            f"{name}.weight_scale is not a 16-bit integer times {name}.{ROW_FACTOR}; the two files "
+            f"{at}weight_scale is not a 16-bit integer times {at}{ROW_FACTOR}; the two files "
             "do not belong together"
         )
     return integer.to(torch.int16)
 
 
-def _decode_order(weight: QuantizedWeight, index: Tensor, name: str) -> None:
+def _decode_order(weight: QuantizedWeight, index: Tensor, at: str) -> None:
     """Sort columns into runs of one group each."""
     columns, groups = weight.codes.shape[1], weight.scales.shape[1]
     if (index == -1).all():
@@ -262,8 +263,7 @@ def _decode_order(weight: QuantizedWeight, index: Tensor, name: str) -> None:
     order = index.argsort(stable=True)
     if not torch.equal(index[order], expected):
         raise CheckpointError(
-            f"{name}.weight_g_idx does not put {columns // groups} inputs into each of {groups} "
-            "groups"
+            f"{at}weight_g_idx does not put {columns // groups} inputs into each of {groups} groups"
         )
     weight.order = order
     weight.codes = weight.codes[:, order].contiguous()

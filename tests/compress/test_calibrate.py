@@ -49,6 +49,21 @@ def test_short_text_gives_one_short_sample(model_dir, tmp_path):
     assert 2 <= len(made[0]) < 40
 
 
+def test_long_texts_are_cut_without_a_word(model_dir, tmp_path, caplog, capfd):
+    from transformers.utils import logging
+
+    (tmp_path / "a.txt").write_text("word1 and number 7;\n" * 3000)
+    logging.enable_propagation()
+    try:
+        Calibration(str(tmp_path / "a.txt"), samples=2, length=200).tokens(
+            decoder().config, model_dir, unused
+        )
+    finally:
+        logging.disable_propagation()
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+
+
 def test_windows_start_with_what_the_tokenizer_puts_first(model_dir, tmp_path):
     settings = json.loads((model_dir / "tokenizer.json").read_text())
     settings["post_processor"] = {

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serval.compress import CompressOptions, run
+from serval.compress.calibrate import Calibration
 from serval.compress.scheme import WeightScheme, quantize
-from serval.errors import CheckpointError, ConfigError
+from serval.errors import CheckpointError, ConfigError, DataError
 from serval.models import checkpoint
 from serval.models.batch import PackedBatch
 from tests.compress.toy import decoder, mla_decoder, moe_decoder
@@ -242,3 +243,48 @@ def test_options_that_do_not_fit_are_refused(tmp_path, source, options, message)
     with pytest.raises(ConfigError, match=message):
         run(CompressOptions(source, out, **options))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def nan_weight(source, options):
+    path = source / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(stored, path)
+
+
+def empty_text(source, options):
+    (source / "empty.txt").write_text(" \n")
+    options["calibration"] = Calibration(str(source / "empty.txt"))
+
+
+def cut_short(source, options):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def other_shape(source, options):
+    values = json.loads((source / "config.json").read_text())
+    values["intermediate_size"] += 8
+    (source / "config.json").write_text(json.dumps(values))
+
+
+def odd_groups(source, options):
+    options["group_size"] = 48
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (nan_weight, CheckpointError, r"model\.layers\.1\.mlp\.up_proj\.weight.* holds NaN"),
+        (empty_text, DataError, r"empty\.txt' is empty; give some text"),
+        (cut_short, CheckpointError, r"model\.safetensors"),
+        (other_shape, CheckpointError, r"mlp\.\S+ in .* has shape .*config\.json implies"),
+        (odd_groups, ConfigError, r"model\.layers\.0\.\S+: group_size=48 does not divide"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(tmp_path, source, spoil, error, message):
+    options = {"weights": "gptq", "calibration": Calibration("random", 2, 8)}
+    spoil(source, options)
+    with pytest.raises(error, match=message):
+        run(CompressOptions(source, tmp_path / "out", **options))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -346,7 +346,11 @@ def saved(tmp_path: Path) -> Path:
         ("weights", {"type": "float"}, r"weights\.type is 'float'"),
         ("weights", {"strategy": "block"}, r"weights\.strategy is 'block'"),
         ("weights", {"group_size": None}, r"weights\.group_size is None"),
-        ("weights", {"group_size": 7}, "group_size=7 does not divide the 64 inputs"),
+        (
+            "weights",
+            {"group_size": 7},
+            r"layers\.0\.\S+: group_size=7 does not divide the 64",
+        ),
         ("weights", {"symmetric": False}, r"weights\.symmetric is False"),
         ("input_activations", {"num_bits": 4}, r"input_activations\.num_bits is 4"),
         ("input_activations", {"symmetric": False}, r"input_activations\.symmetric is False"),
@@ -387,5 +391,9 @@ def test_damage_is_named(saved: Path) -> None:
     save_file(
         {**stored, f"{name}.weight_scale": stored[f"{name}.weight_scale"] * float("nan")}, path
     )
-    with pytest.raises(CheckpointError, match=r"k_proj\.weight_scale.* NaN"):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj\.weight_scale.* NaN"):
+        checkpoint.load(saved)
+    shape = torch.tensor([32, 63])  # as many words as for 64 inputs
+    save_file({**stored, f"{name}.weight_shape": shape}, path)
+    with pytest.raises(CheckpointError, match=rf"^{name}\.weight_shape is \(32, 63\)"):
         checkpoint.load(saved)

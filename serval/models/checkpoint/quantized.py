@@ -34,7 +34,8 @@ class CheckpointModule(Protocol):
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Take over tensors of the spec, moving or packing them. Each is read from its file when it
-        is asked for, into memory of its own."""
+        is asked for, into memory of its own. Raises CheckpointError beginning with a name of the
+        spec, before which the reader puts the module's."""
         ...
 
 

@@ -271,7 +271,11 @@ class _Filler:
             self._read(Piece.of(f"{prefix}.{leaf}", tensor))
             return tensor
 
-        module.load_checkpoint_tensors(_ReadWhenAsked(spec, read), self.device)
+        try:
+            module.load_checkpoint_tensors(_ReadWhenAsked(spec, read), self.device)
+        except CheckpointError as error:  # modules name their tensors without the path to them
+            text = str(error)
+            raise CheckpointError(text if prefix in text else f"{prefix}.{text}") from error
 
     def _read(self, piece: Piece) -> None:
         stored = self.stored[piece.name]
