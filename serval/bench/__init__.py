@@ -49,6 +49,10 @@ BENCHES: dict[str, Entry] = {
     "afa-lora": Entry(
         "serval.bench.afa_lora:collect", "AFA-LoRA against LoRA, rsLoRA, DoRA and full tuning"
     ),
+    "sinks": Entry(
+        "serval.bench.sink_emergence:collect",
+        "how attention sinks emerge, and without which variants",
+    ),
     "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
 }
 

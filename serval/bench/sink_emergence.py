@@ -4,14 +4,14 @@ Guo et al., arXiv 2410.13835. A sequence of 32 starts with BOS; an ordinary toke
 draw from a fixed bigram table, in which each of 3 trigger tokens has probability .05; a trigger is
 followed by a copy of the token before it. One attention head over learned positions adds to a
 learned bigram table, so it has work at triggers only and should do nothing elsewhere: with softmax
-it learns to look at BOS there, and BOS loses its value. 2000 steps of AdamW (lr 1e-2, no decay)
+it learns to look at BOS there, and BOS loses its value. 4000 steps of AdamW (lr 1e-2, no decay)
 from embeddings of standard deviation .02, three seeds, which change weights and data.
 
 Reported per variant, on fresh sequences: weight of BOS at ordinary and at trigger queries, sums of
 rows, |v_BOS| over the mean of the other |v|, and the loss at triggers (copying is certain, so 0
-can be reached). Orderings that hold in every seed are checked and
-printed; sink logits and biases grow only with the logarithm of the steps, so their place among the
-others is not asserted.
+can be reached). Orderings that hold in every seed are checked and printed; after half the steps
+those of the gates still fail in one seed of three. A gate leaves open where a head looks while it
+is shut, and sink logits grow with the logarithm of the steps only, so nothing else is asserted.
 
 Every finished run is kept (`SERVAL_BENCH_DIR`). The picture:
 
@@ -53,7 +53,7 @@ class Task:
     length: int = 32
     width: int = 32
     batch: int = 32
-    steps: int = 2000
+    steps: int = 4000
     lr: float = 1e-2
     test_sequences: int = 512
 
@@ -278,7 +278,7 @@ def collect(setup: Setup) -> list[Case]:
 
 
 def _run(task: Task, variant: str, seed: int, setup: Setup) -> dict[str, Any]:
-    facts = dataclasses.asdict(task) | {"variant": variant, "seed": seed}
+    facts = dataclasses.asdict(task) | {"initial": INITIAL, "variant": variant, "seed": seed}
     path = kept_path("sink-emergence", variant.replace(" ", "-"), facts)
     title = f"{variant} seed {seed}"
     return trained(path, lambda: train(task, variant, seed), title, setup.note)
