@@ -59,7 +59,7 @@ def findings(report: Report) -> list[str]:
         inside = sum(change < 1e-3 for change, _ in changes)
         lines.append(
             f"Integer scales change perplexity by at most {largest:.3%} ({where}); in {inside} of "
-            f"{len(changes)} cases by less than 0.1 %."
+            f"{len(changes)} cases by less than 0.1 % (means over calibration seeds)."
         )
     for model in _models(report):
         lines += _model_findings(model, report)
@@ -116,7 +116,9 @@ def _line(case: Case, integer: Case | None) -> str:
 
 def _integer(case: Case) -> str:
     m = case.metrics
-    return f"{m['perplexity']:.3f} ({m['integer_change']:+.3%})"
+    spread = m.get("integer_change_spread")
+    seeds = "" if spread is None else f", {spread[0]:+.2%} to {spread[1]:+.2%}"
+    return f"{m['perplexity']:.3f} ({m['integer_change']:+.3%}{seeds})"
 
 
 def _spread(metrics: dict[str, Any], name: str, scale: float, digits: int) -> str:

@@ -2,16 +2,16 @@
 
 Every recipe compresses every model at every granularity, by what `serval compress` runs
 (`serval.compress.compress_decoder`), and the result is measured with `quality.Yardstick`. Integer
-Scale is measured from the same codes, those of the first seed. Calibration text is drawn from the
-training split, with three seeds per output channel, where calibration decides most, and one for
-groups; the measured text is held out. Values are means over the seeds, `*_spread` their smallest
-and largest. No setting was chosen by looking at the measured text.
+Scale is measured from the same codes. Calibration text is drawn from the training split, with three
+seeds per output channel, where calibration decides most, and two for groups; the measured text is
+held out. Values are means over the seeds, `*_spread` their smallest and largest. No setting was
+chosen by looking at the measured text.
 
 "serval-tiny-outliers" is serval-tiny with a few channels made large without changing what it
 computes (`serval.compress.outliers`): small models have no activation outliers of their own.
 
 A case's metrics: `perplexity_change` is relative to the float model, `integer_change` to the
-perplexity of the same codes with float scales.
+perplexity of the same codes with float scales, seed by seed.
 """
 
 from __future__ import annotations
@@ -125,12 +125,14 @@ def plans(quick: bool) -> list[Plan]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a run does. seeds: of calibration; sequences, length: of its tokens."""
+    """How much a run does. seeds: of calibration; group_seeds: how many of them with groups;
+    sequences, length: of its tokens."""
 
     effort: Effort
     seeds: tuple[int, ...]
     sequences: int
     length: int
+    group_seeds: int = 2
 
 
 FULL = Budget(Effort(), (0, 1, 2), 16, 512)
@@ -179,20 +181,23 @@ def _collect_model(
         for seed in budget.seeds
     }
     for variant in variants:
-        several = variant.calibrated and GRANULARITIES[variant.granularity] is None
-        seeds = budget.seeds if several else budget.seeds[:1]
+        count = len(budget.seeds) if variant.granularity == "channel" else budget.group_seeds
+        seeds = budget.seeds[: count if variant.calibrated else 1]
         found: dict[str, list[Quality]] = {}
         for seed in seeds:
             decoder = compressed(source, variant, text[seed])
             found.setdefault("float", []).append(yardstick.measure(decoder))
-            if variant.integer and seed == seeds[0]:
+            if variant.integer:
                 with_integer_scales(decoder)
-                found["integer"] = [yardstick.measure(decoder)]
+                found.setdefault("integer", []).append(yardstick.measure(decoder))
         for scales, qualities in found.items():
             case = _case(name, variant, scales, qualities, base)
             if scales == "integer":
-                same = qualities[0].perplexity / found["float"][0].perplexity
-                case.metrics["integer_change"] = same - 1
+                pairs = zip(qualities, found["float"], strict=True)
+                changes = [made.perplexity / same.perplexity - 1 for made, same in pairs]
+                case.metrics["integer_change"] = statistics.mean(changes)
+                if len(changes) > 1:
+                    case.metrics["integer_change_spread"] = [min(changes), max(changes)]
             cases.append(case)
             note(
                 f"  {case.case}: perplexity {case.metrics['perplexity']:.3f}, "

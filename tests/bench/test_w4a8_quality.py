@@ -74,6 +74,18 @@ def test_seeds_change_calibrated_recipes_only(monkeypatch) -> None:
     assert not Variant("rtn", "channel").calibrated
 
 
+def test_integer_scales_are_compared_seed_by_seed(monkeypatch) -> None:
+    budget = replace(QUICK, seeds=(0, 1, 2))
+    monkeypatch.setattr("serval.bench.w4a8_quality.QUICK", budget)
+    found = collect(Setup(quick=True, only="fptq-w4a8-g32", note=lambda _: None))
+    same, integer = (case.metrics for case in found[-2:])
+    assert same["seeds"] == integer["seeds"] == 2  # three are for scales per channel
+    low, high = integer["integer_change_spread"]
+    assert low < integer["integer_change"] < high
+    ratios = [a / b - 1 for a, b in zip(*(m["perplexity_spread"] for m in (integer, same)))]
+    assert sum(ratios) / 2 == pytest.approx(integer["integer_change"], abs=0.01)
+
+
 def test_integer_scales_keep_the_codes_and_nearly_the_outputs() -> None:
     decoder = compressed(shipped_model(), Variant("rtn", "g32"), [TOKENS])
     linear = next(m for m in decoder.modules() if isinstance(m, QuantizedLinear))
