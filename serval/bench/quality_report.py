@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serval.bench.harness import Case, Report
-from serval.bench.table import BEGIN, END, read_report
+from serval.bench.table import read_report, replace_results
 from serval.errors import ConfigError, ServalError
 from serval.evaluate.plots import PALETTE
 
@@ -194,12 +194,7 @@ def update_page(report: Report, page: Path) -> None:
     for a report of tiny shapes and a page without the marks."""
     if report.quick:
         raise ConfigError("the report was measured with --quick, which is no result")
-    text = page.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{page} lacks the marks {BEGIN} and {END}; add both, each on a line")
-    page.write_text(f"{head}{BEGIN}\n\n{result_table(report)}\n\n{END}{tail}", encoding="utf-8")
+    replace_results(page, f"\n{result_table(report)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -180,12 +180,18 @@ def update_readme(files: Sequence[Path], readme: Path) -> None:
                 f"{path} was measured with --quick: tiny shapes are no result; run `serval bench "
                 f"{report.bench} --json {path}` again without --quick"
             )
+    replace_results(readme, results_table(reports), "--readme ")
+
+
+def replace_results(page: Path, text: str, option: str = "") -> None:
+    """Put `text` between the result marks of `page`; raises ConfigError, naming it with `option`
+    before it, when it cannot be read or lacks the marks."""
     try:
-        text = readme.read_text(encoding="utf-8")
+        before = page.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--readme {readme}: {error.strerror or error}") from error
-    head, begin, rest = text.partition(BEGIN)
+        raise ConfigError(f"{option}{page}: {error.strerror or error}") from error
+    head, begin, rest = before.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ConfigError(f"{readme} lacks the marks {BEGIN} and {END}; add both, each on a line")
-    readme.write_text(f"{head}{BEGIN}\n{results_table(reports)}\n{END}{tail}", encoding="utf-8")
+        raise ConfigError(f"{page} lacks the marks {BEGIN} and {END}; add both, each on a line")
+    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
