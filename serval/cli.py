@@ -21,6 +21,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face hub name.")]
+Policy = Annotated[
+    str | None, typer.Option(help="What the cache keeps, as in prefixkv:keep=0.2 (default: all).")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
 
 
@@ -121,6 +124,7 @@ def merge(
 def evaluate(
     model: Model,
     kv: Annotated[str, typer.Option(help="Cache layout; see `serval methods`.")] = "full",
+    policy: Policy = None,
     text: Annotated[
         str | None, typer.Option(help="Held-out text: a folder, file or JSONL (default: stdlib).")
     ] = None,
@@ -163,6 +167,7 @@ def evaluate(
     options = EvalOptions(
         model,
         kv=kv,
+        policy=policy,
         text=text,
         text_field=text_field,
         text_tokens=text_tokens,
@@ -449,6 +454,7 @@ def serve(
         list[str] | None, typer.Option(envvar="SERVAL_API_KEY", help="Require this key.")
     ] = None,
     kv: Annotated[str, typer.Option(help="Cache layout; see `serval methods`.")] = "full",
+    policy: Policy = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     cache_bytes: Annotated[int | None, typer.Option(help="Size of the KV cache.")] = None,
     max_sequences: Annotated[int | None, typer.Option(help="Sequences computed together.")] = None,
@@ -486,6 +492,7 @@ def serve(
         served_model_name=served_model_name or [],
         api_key=api_key or [],
         kv=kv,
+        policy=policy,
         max_model_len=max_model_len,
         cache_bytes=cache_bytes,
         max_sequences=max_sequences,
@@ -531,13 +538,14 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     kv: Annotated[str, typer.Option(help="Cache layout; see `serval methods`.")] = "full",
+    policy: Policy = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt and print the text."""
     from serval import LLM, SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    print(LLM(model, kv=kv).generate(prompt, params)[0].outputs[0].text)
+    print(LLM(model, kv=kv, policy=policy).generate(prompt, params)[0].outputs[0].text)
 
 
 if __name__ == "__main__":

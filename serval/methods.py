@@ -21,6 +21,7 @@ SEAMS = {
     ),
     "attention gate": ("serval.models.variants:ATTENTION_GATES", "recipe model.attention.gate"),
     "cache layout": ("serval.cache.layouts:LAYOUTS", "serve --kv"),
+    "cache policy": ("serval.cache.policies:POLICIES", "serve --policy"),
     "data source": ("serval.data.sources:SOURCES", "recipe data.source"),
     "optimizer": ("serval.optim:OPTIMIZERS", "recipe optimizer.name"),
     "trainer callback": ("serval.train.callbacks:CALLBACKS", "recipe callbacks"),

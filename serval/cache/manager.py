@@ -8,100 +8,27 @@ A group may hold fewer entries of a sequence than the sequence has tokens: `evic
 that a policy dropped. Of the entries, the first `in_blocks(entries)` lie in the table's blocks, the
 rest in the sequence's state (see `serval.cache.layouts.base`).
 
-Life of a sequence: `create` -> `match_prefix` (optional) -> `append` before each step ->
-`commit` after it -> `truncate` (speculation) / `fork` (several samples) -> `free`.
+Life of a sequence: `create` -> `match_prefix` (optional) -> `begin` -> `append` before each step ->
+`commit` after it -> `truncate` (speculation) / `fork` (several samples) -> `free`. Under a policy a
+prompt may be *staged*: its tokens are computed outside the pool, which sets blocks aside for what
+will be kept of them, and `settle` gives the sequence its blocks when the prompt is complete.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from serval.cache.pool import BlockPool, chain_key
+from serval.cache.integrity import check_books
+from serval.cache.pool import chain_key
+from serval.cache.tables import BlockTable, Group, SequenceCache
 from serval.errors import CacheError
 
+__all__ = ["BlockTable", "CacheManager", "Group", "SequenceCache"]
+
 _NO_STATE = "all sequence states are in use: free a sequence, or raise max_sequences"
-
-
-@dataclass(eq=False)
-class Group:
-    """Layers that share one block table: the pool its ids come from, and how to copy one block's
-    data.
-
-    in_blocks: entries of a sequence that lie in blocks, as a function of how many it has; `delayed`
-    says that it is not the identity. states: ids of per-sequence states (None: there are none).
-    restore: `Layout.truncate`.
-    """
-
-    pool: BlockPool
-    copy_block: Callable[[int, int], None]  # (source, destination)
-    in_blocks: Callable[[int], int] = lambda entries: entries
-    delayed: bool = False
-    states: BlockPool | None = None
-    copy_state: Callable[[int, int], None] | None = None  # (source, destination)
-    restore: Callable[[np.ndarray, int, int, int], None] | None = None
-
-
-class BlockTable:
-    """A growing int32 vector of block ids."""
-
-    __slots__ = ("_ids", "count")
-
-    def __init__(self) -> None:
-        self._ids = np.zeros(8, dtype=np.int32)
-        self.count = 0
-
-    @property
-    def ids(self) -> np.ndarray:
-        """int32 [count], a view."""
-        return self._ids[: self.count]
-
-    def push(self, block: int) -> None:
-        """Append a block id."""
-        if self.count == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-        self._ids[self.count] = block
-        self.count += 1
-
-    def pop(self) -> int:
-        """Remove and return the last block id."""
-        self.count -= 1
-        return int(self._ids[self.count])
-
-    def __getitem__(self, index: int) -> int:
-        return int(self._ids[: self.count][index])
-
-    def __setitem__(self, index: int, block: int) -> None:
-        self._ids[: self.count][index] = block
-
-    def copy(self) -> BlockTable:
-        """An independent table with the same ids."""
-        other = BlockTable()
-        other._ids, other.count = self._ids.copy(), self.count
-        return other
-
-
-@dataclass(eq=False)
-class SequenceCache:
-    """One sequence's tables, one per group, and how many of its tokens they hold.
-
-    root: what its keys start from. Sequences share blocks only under the same root: equal tokens
-    have equal keys and values only in the same model (an adapter is another one). states: per group
-    the id of the sequence's state, -1 while it has none. evicted: per group, tokens dropped.
-    """
-
-    tables: list[BlockTable]
-    states: list[int]
-    evicted: list[int]
-    num_tokens: int = 0
-    keys: list[bytes] = field(
-        default_factory=list
-    )  # chained keys of the leading full blocks, so far
-    published: int = 0  # how many leading blocks were offered to the index
-    root: bytes = b""
 
 
 class CacheManager:
@@ -109,11 +36,18 @@ class CacheManager:
 
     Args: groups: one per distinct layout; groups may share a pool. block_size: tokens per block,
         the same in every group. prefix_caching: publish finished blocks and look them up. With
-        False every prompt is computed.
+        False every prompt is computed. staged_blocks: for a prompt of n tokens that is staged, the
+        most blocks of each pool that will be kept of it (None: it is not staged).
+        max_staged_tokens: of all sequences together, beyond the first.
     """
 
     def __init__(
-        self, groups: Sequence[Group], block_size: int, prefix_caching: bool = True
+        self,
+        groups: Sequence[Group],
+        block_size: int,
+        prefix_caching: bool = True,
+        staged_blocks: Callable[[int], list[int] | None] | None = None,
+        max_staged_tokens: int = 0,
     ) -> None:
         if not groups or block_size < 1:
             raise CacheError(
@@ -123,12 +57,16 @@ class CacheManager:
         self.groups = list(groups)
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.max_staged_tokens = max_staged_tokens
+        self.staged_tokens = 0
+        self._staged_blocks = staged_blocks
         self._live: dict[int, SequenceCache] = {}
         self._pools = list({id(group.pool): group.pool for group in groups}.values())
         self._groups_of_pool = [sum(g.pool is pool for g in groups) for pool in self._pools]
         self._pool_of = [
             next(i for i, pool in enumerate(self._pools) if pool is group.pool) for group in groups
         ]
+        self._reserved = [0] * len(self._pools)
 
     @property
     def total_blocks(self) -> int:
@@ -146,6 +84,11 @@ class CacheManager:
         shares = zip(self._pools, self._groups_of_pool, strict=True)
         return min(pool.num_blocks // groups for pool, groups in shares) * self.block_size
 
+    @property
+    def stagings(self) -> list[Any]:
+        """What holds the prompts that are being computed outside the pools."""
+        return [cache.staging for cache in self._live.values() if cache.staging is not None]
+
     def create(self, root: bytes = b"") -> SequenceCache:
         """An empty sequence; it shares stored prefixes only with sequences of the same `root` (at
         most 15 bytes, so that no key can be taken for one)."""
@@ -162,11 +105,70 @@ class CacheManager:
         """Tokens of a sequence that a group still holds."""
         return cache.num_tokens - cache.evicted[group]
 
+    def can_begin(self, cache: SequenceCache, length: int, reserve: int = 0) -> bool:
+        """Whether a sequence whose first `length` tokens are known can be computed up to there,
+        leaving `reserve` blocks per group free."""
+        wanted = None if self._staged_blocks is None else self._staged_blocks(length)
+        if wanted is None:
+            return self.can_append(cache, length - cache.num_tokens, reserve)
+        if self.staged_tokens and self.staged_tokens + length > self.max_staged_tokens:
+            return False
+        return self._blocks_free(wanted, reserve)
+
+    def begin(self, cache: SequenceCache, length: int) -> None:
+        """An empty sequence's first `length` tokens will be computed, in one or more steps. If they
+        are staged, blocks are set aside for what will be kept of them. Raises `CacheError`, having
+        changed nothing, when `can_begin` is false."""
+        self._check_live(cache)
+        if not self.can_begin(cache, length):
+            raise CacheError(f"the cache has no room for a prompt of {length} tokens")
+        wanted = None if self._staged_blocks is None else self._staged_blocks(length)
+        if wanted is None:
+            return
+        if cache.num_tokens or cache.staged:
+            raise CacheError("only an empty sequence can be staged; reset it first")
+        cache.staged, cache.reserved = length, list(wanted)
+        self.staged_tokens += length
+        for pool, count in enumerate(wanted):
+            self._reserved[pool] += count
+
+    def settle(self, cache: SequenceCache, kept: Sequence[int]) -> None:
+        """The staged prompt is computed and group g keeps kept[g] of its tokens: give it blocks for
+        them. Raises `CacheError`, having changed nothing, when it is not complete."""
+        self._check_live(cache)
+        if not cache.staged or cache.num_tokens != cache.staged:
+            raise CacheError(
+                f"{cache.num_tokens} of {cache.staged} staged tokens are computed: nothing to "
+                "settle yet"
+            )
+        if not all(0 < count <= cache.num_tokens for count in kept):
+            raise CacheError(f"groups of {cache.num_tokens} tokens cannot keep {list(kept)}")
+        self._unstage(cache)
+        self._take_states(cache)
+        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+            cache.evicted[index] = cache.num_tokens - kept[index]
+            for _ in range(-(-group.in_blocks(kept[index]) // self.block_size)):
+                table.push(group.pool.allocate())
+
+    def _unstage(self, cache: SequenceCache) -> None:
+        """Give back what is set aside for a staged sequence."""
+        self.staged_tokens -= cache.staged
+        for pool, count in enumerate(cache.reserved):
+            self._reserved[pool] -= count
+        cache.staged, cache.reserved, cache.staging = 0, [], None
+
     def blocks_needed(self, cache: SequenceCache, count: int) -> list[int]:
         """Blocks that appending `count` tokens takes from each pool, copies included."""
         needed = [0] * len(self._pools)
+        if cache.staged:
+            return needed
         for index, (group, pool) in enumerate(zip(self.groups, self._pool_of, strict=True)):
             entries = cache.num_tokens - cache.evicted[index]
+            place = self._victim(cache, index, entries, count)
+            if place is not None:
+                block = cache.tables[index][place // self.block_size]
+                needed[pool] += group.pool.references(block) > 1
+                continue
             before, after = group.in_blocks(entries), group.in_blocks(entries + count)
             size = self.block_size
             needed[pool] += -(-after // size) - -(-before // size)
@@ -174,22 +176,41 @@ class CacheManager:
                 needed[pool] += 1
         return needed
 
+    @staticmethod
+    def _victim(cache: SequenceCache, index: int, entries: int, count: int) -> int | None:
+        """The entry that the next token of a step replaces; in a step of several tokens, which see
+        each other in order, none is."""
+        if cache.retention is None or count != 1:
+            return None
+        return cache.retention.victim(index, entries, cache.num_tokens + 1)
+
     def can_append(self, cache: SequenceCache, count: int, reserve: int = 0) -> bool:
         """Whether `append(cache, count)` would succeed and leave `reserve` blocks per group
         free."""
-        needed = self.blocks_needed(cache, count)
-        for pool, blocks, groups in zip(self._pools, needed, self._groups_of_pool, strict=True):
-            wanted = blocks + reserve * groups
-            if wanted and pool.num_free < wanted:
+        if cache.staged:
+            return cache.num_tokens + count <= cache.staged
+        return self._blocks_free(self.blocks_needed(cache, count), reserve) and self._states_free(
+            [state < 0 for state in cache.states]
+        )
+
+    def _blocks_free(self, needed: Sequence[int], reserve: int = 0) -> bool:
+        """Whether the pools have so many blocks that nobody reserved, and `reserve` per group."""
+        for index, (pool, blocks) in enumerate(zip(self._pools, needed, strict=True)):
+            wanted = blocks + reserve * self._groups_of_pool[index]
+            if wanted and pool.num_free - self._reserved[index] < wanted:
                 return False
-        return self._states_free([state < 0 for state in cache.states])
+        return True
 
     def _states_free(self, wanted: Sequence[bool]) -> bool:
         """Whether a state can be had in each group for which one is wanted."""
-        return all(
-            not want or group.states is None or group.states.num_free > 0
-            for want, group in zip(wanted, self.groups, strict=True)
-        )
+        left: dict[int, int] = {}
+        for want, group in zip(wanted, self.groups, strict=True):
+            if want and group.states is not None:
+                free = left.get(id(group.states), group.states.num_free)
+                if not free:
+                    return False
+                left[id(group.states)] = free - 1
+        return True
 
     def _take_states(self, cache: SequenceCache) -> None:
         """Give a sequence the states it lacks. Raises `CacheError`, having changed nothing."""
@@ -202,42 +223,73 @@ class CacheManager:
     def append(self, cache: SequenceCache, count: int) -> None:
         """Make room for `count` more tokens and count them as stored.
 
-        A partly filled last block that is shared is copied first; one that is published under a key
-        is taken out of the index, since its contents change. Raises `CacheError`, having changed
+        A block that is written to and shared is copied first; one that is published under a key is
+        taken out of the index, since its contents change. Raises `CacheError`, having changed
         nothing, when the pools cannot supply the blocks.
         """
         self._check_live(cache)
         if count < 0:
             raise CacheError(f"Cannot append {count} tokens; use truncate to drop tokens.")
         if not self.can_append(cache, count):
+            if cache.staged:
+                raise CacheError(f"a prompt staged for {cache.staged} tokens grew beyond them")
             raise CacheError(
                 f"{sum(self.blocks_needed(cache, count))} cache blocks are needed, "
                 f"{min(pool.num_free for pool in self._pools)} are free."
             )
+        if cache.staged:
+            cache.num_tokens += count
+            cache.evicted = [cache.num_tokens] * len(self.groups)
+            return
         if cache.num_tokens + count:
             self._take_states(cache)
-        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
-            entries = cache.num_tokens - cache.evicted[index]
-            before, after = group.in_blocks(entries), group.in_blocks(entries + count)
-            if after > before and before % self.block_size:
-                self._own_last(group, table)
-            wanted = -(-after // self.block_size)
-            while table.count < wanted:
-                table.push(group.pool.allocate())
+        if cache.retention is not None:
+            self._append_retained(cache, count)
+        else:
+            for index in range(len(self.groups)):
+                self._grow(cache, index, cache.num_tokens - cache.evicted[index], count)
         cache.num_tokens += count
 
+    def _append_retained(self, cache: SequenceCache, count: int) -> None:
+        """Blocks for `count` more tokens, or in groups that hold their share the place of a token
+        that is dropped."""
+        retention, total = cache.retention, cache.num_tokens
+        assert retention is not None
+        cache.placed = [-1] * len(self.groups)
+        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
+            entries = total - cache.evicted[index]
+            place = self._victim(cache, index, entries, count)
+            if place is None:
+                self._grow(cache, index, entries, count)
+                retention.extend(index, entries, total, count)
+            else:
+                self._own(group, table, place // self.block_size)
+                cache.evicted[index] += 1
+                cache.placed[index] = place
+                retention.turn(index, total + 1)
+
+    def _grow(self, cache: SequenceCache, index: int, entries: int, count: int) -> None:
+        """Blocks of one group for `count` tokens behind `entries` entries."""
+        group, table = self.groups[index], cache.tables[index]
+        before, after = group.in_blocks(entries), group.in_blocks(entries + count)
+        if after > before and before % self.block_size:
+            self._own(group, table, table.count - 1)
+        wanted = -(-after // self.block_size)
+        while table.count < wanted:
+            table.push(group.pool.allocate())
+
     @staticmethod
-    def _own_last(group: Group, table: BlockTable) -> None:
-        """Make the last block writable: a shared one is copied, a published one is no longer
+    def _own(group: Group, table: BlockTable, index: int) -> None:
+        """Make a block of the table writable: a shared one is copied, a published one is no longer
         found."""
-        pool, last = group.pool, table[-1]
-        if pool.references(last) > 1:
+        pool, block = group.pool, table[index]
+        if pool.references(block) > 1:
             fresh = pool.allocate()
-            group.copy_block(last, fresh)
-            pool.release(last)
-            table[-1] = fresh
-        elif pool.key(last) is not None:
-            pool.unpublish(last)
+            group.copy_block(block, fresh)
+            pool.release(block)
+            table[index] = fresh
+        elif pool.key(block) is not None:
+            pool.unpublish(block)
 
     def commit(self, cache: SequenceCache, tokens: np.ndarray) -> None:
         """Publish the blocks that the step just finished filling.
@@ -295,6 +347,8 @@ class CacheManager:
         """A second sequence with the same contents; it shares every block until one of the two
         writes. Raises `CacheError` when there is no room for its state."""
         self._check_live(cache)
+        if cache.staged:
+            raise CacheError("a staged sequence cannot be forked before its prompt is complete")
         if not self._states_free([state >= 0 for state in cache.states]):
             raise CacheError(_NO_STATE)
         tables = [table.copy() for table in cache.tables]
@@ -306,6 +360,7 @@ class CacheManager:
             list(cache.keys),
             cache.published,
             cache.root,
+            retention=None if cache.retention is None else cache.retention.copy(),
         )
         for index, group in enumerate(self.groups):
             if group.states is not None and cache.states[index] >= 0:
@@ -323,9 +378,9 @@ class CacheManager:
         `CacheError`, having changed nothing, when tokens were evicted since, or when the last ones
         must wait in a state again and none is free."""
         self._check_live(cache)
-        if any(cache.evicted) and num_tokens < cache.num_tokens:
-            raise CacheError("a sequence with evicted tokens cannot be truncated; reset it")
         self._check_length(cache, num_tokens)
+        if (any(cache.evicted) or cache.retention is not None) and num_tokens < cache.num_tokens:
+            raise CacheError("a sequence whose tokens are evicted cannot be truncated; reset it")
         waiting = num_tokens and not self._reusable(num_tokens)
         if waiting:
             self._take_states(cache)
@@ -350,49 +405,9 @@ class CacheManager:
 
     def check_integrity(self) -> None:
         """Raise `CacheError` unless tables, reference counts, free lists and keys all agree."""
-        held: list[Counter[int]] = [Counter() for _ in self._pools]
-        states: dict[int, Counter[int]] = {
-            id(group.states): Counter() for group in self.groups if group.states is not None
-        }
-        for cache in self._live.values():
-            if cache.published > min(len(cache.keys), cache.num_tokens // self.block_size):
-                raise CacheError("A sequence has published more blocks than it has filled.")
-            for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
-                entries = self.entries(cache, index)
-                blocks = -(-group.in_blocks(entries) // self.block_size)
-                if table.count != blocks:
-                    raise CacheError(
-                        f"A table holds {table.count} blocks for {entries} tokens, "
-                        f"expected {blocks}."
-                    )
-                if group.states is not None:
-                    waiting = entries - group.in_blocks(entries)
-                    has_state = cache.states[index] >= 0
-                    if (waiting and not has_state) or (has_state and not cache.num_tokens):
-                        raise CacheError("A sequence has a state without tokens, or none with.")
-                    if cache.states[index] >= 0:
-                        states[id(group.states)][cache.states[index]] += 1
-                ids = table.ids.tolist()
-                if len(set(ids)) != len(ids):
-                    raise CacheError(f"A table holds a block twice: {ids}.")
-                held[self._pools.index(group.pool)].update(ids)
-            self._check_keys(cache)
-        for pool, counts in zip(self._pools, held, strict=True):
-            pool.check_integrity(counts)
-        for group in self.groups:
-            if group.states is not None:
-                group.states.check_integrity(states[id(group.states)])
-
-    def _check_keys(self, cache: SequenceCache) -> None:
-        """A published block must be published under the key of the tokens its holders stored in
-        it."""
-        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
-            for position, key in enumerate(cache.keys[: cache.published]):
-                published = group.pool.key(table[position])
-                if published is not None and published != (index, key):
-                    raise CacheError(
-                        f"block {table[position]} is published under the key of other tokens"
-                    )
+        check_books(self.groups, self._pools, self._reserved, self._live.values(), self.block_size)
+        if self.staged_tokens != sum(cache.staged for cache in self._live.values()):
+            raise CacheError(f"{self.staged_tokens} tokens count as staged; sequences disagree.")
 
     @staticmethod
     def _check_length(cache: SequenceCache, num_tokens: int) -> None:
@@ -406,6 +421,8 @@ class CacheManager:
         self._check_length(cache, num_tokens)
         if num_tokens == 0:
             cache.evicted = [0] * len(self.groups)
+            cache.retention = cache.placed = None
+            self._unstage(cache)
         for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
             keep = -(-group.in_blocks(num_tokens - cache.evicted[index]) // self.block_size)
             while table.count > keep:  # from the end, so that the start of a prefix goes last

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -115,9 +115,9 @@ class PagedMemory:
         self._views: list[CacheView] = []
 
     @classmethod
-    def of(cls, decoder: Decoder, kv: str | Sequence[str], **options: Any) -> PagedMemory:
+    def of(cls, decoder: Decoder, kv: str | Sequence[str], **options: Any) -> Self:
         """The memory of a decoder's trunk (its MTP heads draft, which is not the engine's affair),
-        with the layouts prepared for it. options: the keyword arguments of `PagedMemory`."""
+        with the layouts prepared for it. options: the keyword arguments of the class."""
         weight = decoder.norm.weight
         memory = cls(
             decoder.trunk_attention_layers, kv, dtype=weight.dtype, device=weight.device, **options
@@ -145,14 +145,36 @@ class PagedMemory:
         positions = np.arange(starts[-1], dtype=np.int64) + (lens - starts[1:])[owner]
         device = self.views.device
         query_starts = torch.from_numpy(starts).to(device)
-        views = self.views.build(caches, counts, positions, owner, lens, query_starts)
-        self.begin(views)
+        self.start(caches, counts, positions, owner, lens, query_starts)
         return PackedBatch(
             positions=torch.from_numpy(positions).to(device),
             query_starts=query_starts,
             context_lens=torch.from_numpy(lens).to(device),
             memory=self,
         )
+
+    def start(
+        self,
+        caches: Sequence[SequenceCache],
+        counts: Sequence[int],
+        positions: np.ndarray,
+        owner: np.ndarray,
+        lens: np.ndarray,
+        query_starts: Tensor,
+    ) -> None:
+        """Begin a step in which sequence n computes its last counts[n] tokens; arguments as of
+        `ViewBuilder.build`."""
+        self.begin(self.views.build(caches, counts, positions, owner, lens, query_starts))
+
+    def settle(self, cache: SequenceCache) -> None:
+        """Every known token of a sequence is computed; called after each step that ends so. Here
+        nothing follows; under a policy, tokens may be dropped."""
+        return None
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of prompts that are computed outside the storage."""
+        return 0
 
     def begin(self, views: list[CacheView]) -> None:
         """Set where this step's sequences live, one view per group."""
@@ -167,7 +189,7 @@ class PagedMemory:
     def recordable(self) -> bool:
         """Whether a decode step's kernel calls follow from the shapes in its views (see `Layout`).
         A subclass answers for itself."""
-        return type(self) is PagedMemory and all(layout.recordable for layout in self.layouts)
+        return all(layout.recordable for layout in self.layouts)
 
     def attend(
         self,

@@ -7,6 +7,7 @@ then reads the same view.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ class ViewBuilder:
             `query_starts` int32 [N + 1].
         """
         context_lens, lengths, queries = self._tensor(lens), lens.tolist(), list(counts)
+        replacing = [n for n, cache in enumerate(caches) if cache.placed is not None]
+        query_rows = [0, *accumulate(counts)] if replacing else []
         views = []
         for g, group in enumerate(self.manager.groups):
             evicted = [cache.evicted[g] for cache in caches]
@@ -56,6 +59,10 @@ class ViewBuilder:
                 entries = positions - gone[owner]
                 own_lens = self._tensor((lens - gone).astype(np.int32))
                 own_lengths = [length - less for length, less in zip(lengths, evicted, strict=True)]
+                for n in replacing:
+                    placed = caches[n].placed
+                    if placed is not None and placed[g] >= 0:
+                        entries[query_rows[n]] = placed[g]
             table = self._table(g, caches)
             slots = self._slots[g][:0]
             if not group.delayed:

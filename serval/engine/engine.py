@@ -40,7 +40,8 @@ from serval.models.decoder import Decoder
 @dataclass
 class EngineStats:
     """What the engine is doing. Token and request counts are totals since it was made;
-    tokens_per_second is the mean over the last few seconds of work."""
+    tokens_per_second is the mean over the last few seconds of work; staging_bytes are those of
+    prompts that a cache policy keeps outside the cache until they are complete."""
 
     running: int
     waiting: int
@@ -53,6 +54,7 @@ class EngineStats:
     finished_requests: int
     steps: int
     tokens_per_second: float
+    staging_bytes: int = 0
 
 
 class Engine:
@@ -297,6 +299,7 @@ class Engine:
                 self._prompt_tokens += min(item.count, sequence.num_prompt - item.start)
             if not item.samples:
                 continue
+            self.memory.settle(sequence.cache)
             group = [sequence]
             while sequence.width > 1:
                 sequence.width -= 1
@@ -395,4 +398,5 @@ class Engine:
             finished_requests=self._finished,
             steps=self._steps,
             tokens_per_second=sum(n for _, _, n in recent) / busy if busy else 0.0,
+            staging_bytes=self.memory.staging_bytes,
         )

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from serval.adapt.serving import AdapterBank
-from serval.cache.memory import PagedMemory, cache_bytes_per_token, cache_state_bytes
+from serval.cache.budgeted import make_memory
+from serval.cache.memory import cache_bytes_per_token, cache_state_bytes
+from serval.cache.policies.base import Policy
 from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.engine import Engine, EngineStats
 from serval.engine.params import SamplingParams
@@ -50,6 +52,9 @@ class LLM:
             `device` move it in place).
         tokenizer: a Hugging Face tokenizer or where to load one; by default the model's own.
         kv: cache layout (`serval methods` lists them), or one per attention layer.
+        policy: what the cache keeps of long texts, such as "prefixkv:keep=0.2" (None: everything).
+            Prefixes are then not reused; prompts being computed take exact storage beside
+            `cache_bytes`, of at most `max_model_len` tokens together.
         max_model_len: tokens of prompt and output together; by default what the model was made
             for, or less if the memory does not hold one such sequence.
         cache_bytes: storage for keys and values; by default room for 16 full sequences, at most a
@@ -74,6 +79,7 @@ class LLM:
         *,
         tokenizer: Any = None,
         kv: str | Sequence[str] = "full",
+        policy: str | Policy | None = None,
         max_model_len: int | None = None,
         cache_bytes: int | None = None,
         block_size: int = 32,
@@ -118,9 +124,10 @@ class LLM:
                 limit = max(0, int(room // (per_token * block_size))) * block_size
                 logger.warning("the free memory holds %d tokens: max_model_len is set to it", limit)
         self.max_model_len = limit if max_model_len is None else max_model_len
-        self.memory = PagedMemory.of(
+        self.memory = make_memory(
             decoder,
             kv,
+            policy,
             cache_bytes=cache_bytes,
             max_model_len=self.max_model_len,
             block_size=block_size,

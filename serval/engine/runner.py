@@ -65,11 +65,7 @@ class Runner:
             self._positions[:rows] = self._iota[:rows] + (lens - starts[1:])[owner]
         context_lens, query_starts = self._tensor(lens), self._tensor(starts)
         caches, counts = [item.sequence.cache for item in work], [item.count for item in work]
-        self.memory.begin(
-            self.memory.views.build(
-                caches, counts, self._positions[:rows], owner, lens, query_starts
-            )
-        )
+        self.memory.start(caches, counts, self._positions[:rows], owner, lens, query_starts)
         sampled = [int(starts[n + 1]) - 1 for n, item in enumerate(work) if item.samples]
         scored = [n for n, item in enumerate(work) if item.sequence.wants_prompt_logprobs]
         logits_rows = None

@@ -122,9 +122,10 @@ class Scheduler:
             skip = sequence.wants_prompt_logprobs
             hits = 0 if skip else self.manager.match_prefix(cache, sequence.tokens)
             reserve = 1 if self.running else 0
-            if not self.manager.can_append(cache, sequence.remaining, reserve):
+            if not self.manager.can_begin(cache, sequence.length, reserve):
                 self.manager.reset(cache)
                 return
+            self.manager.begin(cache, sequence.length)
             self.waiting.pop(0)
             insort(self.running, sequence, key=_order)
             self.prefix_hit_tokens += hits

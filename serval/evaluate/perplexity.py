@@ -135,6 +135,19 @@ def spread(
     return chosen
 
 
+def continuations(windows: Sequence[Window]) -> list[Window]:
+    """The windows with only what follows their first half scored (see `Scorer.prompt_length`), less
+    those where nothing is left. Raises DataError when none is."""
+    scored = [
+        Window(w.tokens, max(w.scored_from, Scorer.prompt_length(len(w.tokens)) + 1))
+        for w in windows
+    ]
+    left = [window for window in scored if window.scored > 0]
+    if not left:
+        raise DataError("the text is too short to score: no second half of a window is left")
+    return left
+
+
 def pack(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     """Group windows, in order, into batches of at most `tokens` tokens (at least one window)."""
     batches: list[list[Window]] = []

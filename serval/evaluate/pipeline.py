@@ -31,19 +31,21 @@ SHORTEST = 256  # tokens of the shortest default context
 class EvalOptions:
     """What to measure.
 
-    model: directory or hub name. kv: cache layout; text and tasks both pass through it. text,
-    text_field: see `evaluation_texts`. text_tokens: how many are scored (0: no perplexity). window:
-    of the text, in tokens (None: the context, at most 2048); stride: see `perplexity`. tasks: names
-    of generated tasks (empty: none); lengths: their contexts in tokens (None: from 256 up to the
-    model's context, doubling); samples per length and depth band. reference: a model to compare
-    predictions on the text with, run with a full cache. lm_eval: task names of
-    lm-evaluation-harness; lm_eval_limit: questions of each (None: all).
+    model: directory or hub name. kv: cache layout; text and tasks both pass through it. policy:
+    what the cache keeps of prompts (None: everything); of a window of text the first half is then
+    the prompt, and the rest is scored. text, text_field: see `evaluation_texts`. text_tokens: how
+    many are scored (0: no perplexity). window: of the text, in tokens (None: the context, at most
+    2048); stride: see `perplexity`. tasks: names of generated tasks (empty: none); lengths: their
+    contexts in tokens (None: from 256 up to the model's context, doubling); samples per length and
+    depth band. reference: a model to compare predictions on the text with, run with a full cache.
+    lm_eval: task names of lm-evaluation-harness; lm_eval_limit: questions of each (None: all).
 
     Raises ConfigError for a value out of range, and when nothing would be measured.
     """
 
     model: str | Path
     kv: str = "full"
+    policy: str | None = None
     text: str | None = None
     text_field: str = "text"
     text_tokens: int = 32768
@@ -67,6 +69,11 @@ class EvalOptions:
                 raise ConfigError(f"--{option} must be at least {bound}, got {value}")
         if not self.text_tokens and self.reference is not None:
             raise ConfigError("--reference is compared on the text; give --text-tokens above 0")
+        if self.policy is not None and self.lm_eval:
+            raise ConfigError(
+                "--policy drops tokens of prompts, but the log-likelihoods of --lm-eval are those "
+                "of whole texts; leave one of the two out"
+            )
         if not (self.text_tokens or self.tasks or self.lm_eval):
             raise ConfigError("nothing to measure: give --text-tokens, --tasks or --lm-eval")
 
@@ -77,6 +84,7 @@ class EvalResult:
 
     model: str
     kv: str
+    policy: str | None = None
     text: TextScore | None = None
     cells: list[Cell] = field(default_factory=list)
     lm_eval: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -124,9 +132,11 @@ class Evaluator:
                 perplexity.tokenize(texts, self.tokenizer),
                 self.window,
                 options.stride,
-                options.text_tokens,
+                options.text_tokens * (1 if options.policy is None else 2),
                 options.seed,
             )
+            if options.policy is not None:
+                self.windows = perplexity.continuations(self.windows)
         self.questions = self._questions() if options.tasks else []
 
     def _questions(self) -> list[retrieval.Question]:
@@ -157,25 +167,26 @@ class Evaluator:
         *,
         name: str,
         kv: str = "full",
+        policy: str | None = None,
         reference: Decoder | None = None,
         llm: LLM | None = None,
         progress: Progress | None = None,
     ) -> EvalResult:
-        """Measure `decoder` with cache layout `kv`. llm: an engine of this decoder and layout to
-        reuse. progress: called with (stage, done, total)."""
+        """Measure `decoder` with cache layout `kv` and a cache policy. llm: an engine of this
+        decoder and cache to reuse. progress: called with (stage, done, total)."""
         start = perf_counter()
-        result = EvalResult(name, kv)
+        result = EvalResult(name, kv, policy)
         report = progress or (lambda stage, done, total: None)
         if self.windows:
             total = sum(window.scored for window in self.windows)
             result.text = perplexity.score(
-                Scorer(decoder, kv),
+                Scorer(decoder, kv, policy=policy),
                 self.windows,
                 reference=None if reference is None else Scorer(reference),
                 tick=_counter(report, "text", total),
             )
         if self.questions or self.options.lm_eval:
-            llm = llm or LLM(decoder, tokenizer=self.tokenizer, kv=kv)
+            llm = llm or LLM(decoder, tokenizer=self.tokenizer, kv=kv, policy=policy)
         if self.questions:
             assert llm is not None
             result.cells = retrieval.ask(
@@ -210,6 +221,7 @@ def run(options: EvalOptions, progress: Progress | None = None) -> EvalResult:
         decoder,
         name=str(options.model),
         kv=options.kv,
+        policy=options.policy,
         reference=reference,
         progress=progress,
     )

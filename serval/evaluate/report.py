@@ -21,7 +21,10 @@ from serval.evaluate.retrieval import Cell, accuracy
 def print_result(result: EvalResult, console: Console | None = None) -> None:
     """One model's numbers as tables."""
     console = console or Console()
-    console.print(f"[bold]{result.model}[/bold], cache layout {result.kv}")
+    console.print(
+        f"[bold]{result.model}[/bold], cache layout {result.kv}"
+        + ("" if result.policy is None else f", policy {result.policy}")
+    )
     if result.text is not None:
         console.print(text_table(result))
     if result.cells:

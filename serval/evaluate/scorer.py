@@ -2,7 +2,8 @@
 
 Without a layout each sequence attends to itself exactly, as in training. With one, keys and values
 pass through the paged cache in chunks, as a served prompt's do, so that what a layout loses shows.
-Only `chunk` rows of logits per sequence exist at a time.
+With a policy too, the first half of each text is a prompt and the rest comes token by token, from
+what the policy kept. Only `chunk` rows of logits per sequence exist at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from serval.cache.budgeted import make_memory
 from serval.cache.memory import PagedMemory, cache_budget
+from serval.cache.policies.base import Policy
 from serval.errors import RequestError
 from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
@@ -27,11 +30,18 @@ class Scorer:
     """Logits at every position of token sequences.
 
     decoder: in eval mode. kv: None for exact attention, or a cache layout's name. chunk: tokens of
-    each sequence that one step computes with a layout, and rows of logits made at a time.
+    each sequence that one step computes with a layout, and rows of logits made at a time. policy:
+    what the cache keeps after a sequence's first `prompt_length` tokens (needs kv).
     """
 
-    def __init__(self, decoder: Decoder, kv: str | None = None, chunk: int = 256) -> None:
-        self.decoder, self.kv, self.chunk = decoder, kv, chunk
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: str | None = None,
+        chunk: int = 256,
+        policy: str | Policy | None = None,
+    ) -> None:
+        self.decoder, self.kv, self.chunk, self.policy = decoder, kv, chunk, policy
         parameter = decoder.norm.weight
         self.device, self.dtype = parameter.device, parameter.dtype
         self._memory: PagedMemory | None = None
@@ -50,7 +60,16 @@ class Scorer:
                     f"a sequence of {len(tokens)} tokens cannot be scored; the model takes 1 to "
                     f"{limit} (max_position_embeddings)"
                 )
-        return self._exact(sequences) if self.kv is None else self._cached(sequences, self.kv)
+        if self.kv is None:
+            return self._exact(sequences)
+        if self.policy is None:
+            return self._cached(sequences, self.kv)
+        return self._continued(sequences, self.kv)
+
+    @staticmethod
+    def prompt_length(length: int) -> int:
+        """Tokens of a sequence that a policy takes as the prompt: it drops tokens behind them."""
+        return max(1, length // 2)
 
     @torch.inference_mode()
     def _exact(self, sequences: Sequence[Sequence[int]]) -> Iterator[Rows]:
@@ -87,6 +106,47 @@ class Scorer:
             for cache in caches:
                 manager.free(cache)
 
+    @torch.inference_mode()
+    def _continued(self, sequences: Sequence[Sequence[int]], kv: str) -> Iterator[Rows]:
+        memory = self._storage(kv, [len(tokens) for tokens in sequences])
+        manager = memory.manager
+        caches = [manager.create() for _ in sequences]
+        prompts = [self.prompt_length(len(tokens)) for tokens in sequences]
+
+        def step(places: list[tuple[int, int, int]]) -> None:
+            """Compute tokens [start, stop) of sequences n and add their hidden states to `rows`."""
+            if not places:
+                return
+            counts = [stop - start for _, start, stop in places]
+            for (n, _, _), count in zip(places, counts, strict=True):
+                manager.append(caches[n], count)
+            batch = memory.batch([caches[n] for n, _, _ in places], counts)
+            flat = [t for n, start, stop in places for t in sequences[n][start:stop]]
+            hidden = self.decoder(torch.tensor(flat, device=self.device), batch)
+            for (n, _, _), part in zip(places, hidden.split(counts), strict=True):
+                rows[n].append(part)
+
+        try:
+            for cache, length in zip(caches, prompts, strict=True):
+                manager.begin(cache, length)
+            for first in range(0, max(map(len, sequences)), self.chunk):
+                rows: dict[int, list[Tensor]] = {
+                    n: [] for n, tokens in enumerate(sequences) if first < len(tokens)
+                }
+                step([(n, first, min(first + self.chunk, prompts[n]))
+                      for n in rows if first < prompts[n]])  # fmt: skip
+                for n in rows:
+                    if first < prompts[n] <= first + self.chunk:
+                        memory.settle(caches[n])
+                for at in range(first, first + self.chunk):
+                    live = [n for n in rows if prompts[n] <= at < len(sequences[n])]
+                    step([(n, at, at + 1) for n in live])
+                for n, parts in rows.items():
+                    yield n, first, self.decoder.logits(torch.cat(parts)).float()
+        finally:
+            for cache in caches:
+                manager.free(cache)
+
     def _storage(self, kv: str, lengths: list[int]) -> PagedMemory:
         blocks = sum(-(-length // BLOCK_SIZE) for length in lengths)
         if self._memory is None or self._blocks < blocks or self._sequences < len(lengths):
@@ -99,11 +159,12 @@ class Scorer:
                 block_size=BLOCK_SIZE,
                 sequences=len(lengths),
             )
-            self._memory = PagedMemory.of(
+            self._memory = make_memory(
                 self.decoder,
                 kv,
+                self.policy,
                 cache_bytes=budget,
-                max_model_len=max(lengths),
+                max_model_len=max(lengths) if self.policy is None else sum(lengths),
                 block_size=BLOCK_SIZE,
                 prefix_caching=False,
                 max_sequences=len(lengths),

@@ -29,7 +29,8 @@ class ServeOptions:
         host, port: where to listen; port 0 picks a free one.
         served_model_name: names clients may use; empty: the last part of `model`.
         api_key: keys that open the API; empty: open to everyone who can connect.
-        kv: cache layout. max_model_len: context in tokens (None: the model's).
+        kv: cache layout. policy: what the cache keeps of long texts (None: everything).
+        max_model_len: context in tokens (None: the model's).
         cache_bytes: size of the KV cache (None: the engine decides).
         max_sequences: sequences computed together (None: the engine decides); max_batch_tokens:
             rows of one step (None: the engine decides).
@@ -51,6 +52,7 @@ class ServeOptions:
     served_model_name: list[str] = field(default_factory=list)
     api_key: list[str] = field(default_factory=list)
     kv: str = "full"
+    policy: str | None = None
     max_model_len: int | None = None
     cache_bytes: int | None = None
     max_sequences: int | None = None
@@ -161,6 +163,7 @@ def engine_arguments(options: ServeOptions) -> dict[str, Any]:
         name: getattr(options, name)
         for name in (
             "kv",
+            "policy",
             "max_model_len",
             "cache_bytes",
             "max_sequences",

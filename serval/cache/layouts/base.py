@@ -54,6 +54,8 @@ class Layout(ABC):
     Args:
         specs: the attention layers of the group; `slot` below indexes this list.
         num_states: sequences whose state is kept at once.
+        shared: all layers use the same storage and states, because every layer has block tables of
+            its own: no block or state belongs to two of them.
         dtype: the model's activation dtype, in which `k`, `v` and `q` arrive.
 
     options: names of the class attributes that a user may set (`--kv name:option=value`).
@@ -77,18 +79,23 @@ class Layout(ABC):
         dtype: torch.dtype,
         device: torch.device,
         num_states: int = 0,
+        shared: bool = False,
     ) -> None:
         self.specs = list(specs)
         self.num_blocks, self.block_size = num_blocks, block_size
         self.dtype, self.device = dtype, device
-        self.num_states = num_states
+        self.num_states, self.shared = num_states, shared
         self.check_block_size(block_size)
         self.storage: list[list[Tensor]] = []  # per slot, tensors whose first axis is the block
         self.states: list[list[Tensor]] = []  # per slot, tensors whose first axis is the state
         for spec in self.specs:
             self.admit(spec)
-            self.storage.append(self.allocate(spec))
-            self.states.append(self.allocate_state(spec))
+            if shared and self.storage:
+                self.storage.append(self.storage[0])
+                self.states.append(self.states[0])
+            else:
+                self.storage.append(self.allocate(spec))
+                self.states.append(self.allocate_state(spec))
 
     @classmethod
     def configure(cls, given: Mapping[str, str], name: str) -> type[Layout]:
@@ -245,19 +252,45 @@ class Layout(ABC):
         """Store this step's latents and attend; shapes as in `Memory.attend_latent`."""
         raise CacheError(f"cache layout {self.name!r} does not support MLA; use kv='full'")
 
+    def fill(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:
+        """Store the first k [T, Hkv, D] and v [T, Hkv, Dv] of an empty sequence (the view has no
+        other) without attending: what a policy kept of its prompt. A layout whose `write` is not
+        the whole of storing overrides this."""
+        self.write(slot, view, k, v)
+
+    def fill_latent(self, slot: int, view: CacheView, latent: Tensor, k_rope: Tensor) -> None:
+        """As `fill`, of latents [T, C] and rotated keys [T, R]."""
+        raise CacheError(
+            f"cache layout {self.name!r} cannot take over what a policy kept of latents; use "
+            "kv='full'"
+        )
+
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Zeroed storage [num_blocks, *shape], on huge pages where the system grants them."""
         return pages.zeros(self.num_blocks, *shape, dtype=dtype, device=self.device)
 
+    def grow(self, num_blocks: int, num_states: int) -> None:
+        """Make room for more blocks and states; what is stored stays where it is."""
+
+        def extended(tensors: list[Tensor], more: int) -> list[Tensor]:
+            if more <= 0:
+                return tensors
+            return [torch.cat([t, t.new_zeros(more, *t.shape[1:])]) for t in tensors]
+
+        self.storage = [extended(t, num_blocks - self.num_blocks) for t in self.storage]
+        self.states = [extended(t, num_states - self.num_states) for t in self.states]
+        self.num_blocks = max(num_blocks, self.num_blocks)
+        self.num_states = max(num_states, self.num_states)
+
     def fork_block(self, source: int, destination: int) -> None:
         """Copy one block's contents in every layer of the group."""
-        for tensors in self.storage:
+        for tensors in self.storage[:1] if self.shared else self.storage:
             for tensor in tensors:
                 tensor[destination].copy_(tensor[source])
 
     def fork_state(self, source: int, destination: int) -> None:
         """Copy one sequence's state in every layer of the group."""
-        for tensors in self.states:
+        for tensors in self.states[:1] if self.shared else self.states:
             for tensor in tensors:
                 tensor[destination].copy_(tensor[source])
 
@@ -271,7 +304,8 @@ class Layout(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of storage and states."""
-        return sum(t.nbytes for tensors in self.storage + self.states for t in tensors)
+        owned = self.storage[:1] + self.states[:1] if self.shared else self.storage + self.states
+        return sum(tensor.nbytes for tensors in owned for tensor in tensors)
 
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -30,7 +30,6 @@ class FullLayout(Layout):
     recordable = True
     name = "full"
     stored: ClassVar[torch.dtype | None] = None
-
     fetches: ClassVar[bool] = True
 
     def fetch(self, slot: int, view: CacheView, sequence: int) -> tuple[Tensor, Tensor]:
@@ -86,6 +85,13 @@ class FullLayout(Layout):
             sinks,
         )
 
+    def fill_latent(self, slot: int, view: CacheView, latent: Tensor, k_rope: Tensor) -> None:
+        (rows,) = self.storage[slot]
+        new = torch.cat([latent, k_rope], dim=-1)[:, None]  # one head
+        nothing = new[..., :0]
+        cache = rows[:, None]
+        kernels.write_cache(new, nothing, view.slots, cache, cache[..., :0])
+
     def step_latent(
         self,
         slot: int,
@@ -98,10 +104,7 @@ class FullLayout(Layout):
         scale: float,
     ) -> Tensor:
         (rows,) = self.storage[slot]
-        new = torch.cat([latent, k_rope], dim=-1)[:, None]  # one head
-        nothing = new[..., :0]
-        cache = rows[:, None]
-        kernels.write_cache(new, nothing, view.slots, cache, cache[..., :0])
+        self.fill_latent(slot, view, latent, k_rope)
         threshold = self._materialise_from(q_nope.shape[-1], kv_b)
         if max(view.queries) < threshold:
             return self._absorbed(rows, view, q_nope, q_rope, kv_b, scale)

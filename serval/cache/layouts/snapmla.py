@@ -109,6 +109,15 @@ class SnapMLALayout(Layout):
     ) -> Tensor:
         raise CacheError("cache layout 'snapmla' stores latents, not keys and values")
 
+    def fill_latent(self, slot: int, view: CacheView, latent: Tensor, k_rope: Tensor) -> None:
+        codes, scales, rope = self.storage[slot]
+        if self.config == "b":
+            self._write_unscaled(slot, view, latent, k_rope)
+        else:
+            kernels.write_snapmla(
+                latent, k_rope, view.slots, codes, scales, rope, self.config == "a"
+            )
+
     def step_latent(
         self,
         slot: int,
@@ -120,13 +129,7 @@ class SnapMLALayout(Layout):
         kv_b: Tensor,
         scale: float,
     ) -> Tensor:
-        codes, scales, rope = self.storage[slot]
-        if self.config == "b":
-            self._write_unscaled(slot, view, latent, k_rope)
-        else:
-            kernels.write_snapmla(
-                latent, k_rope, view.slots, codes, scales, rope, self.config == "a"
-            )
+        self.fill_latent(slot, view, latent, k_rope)
         if max(view.queries) <= self.fp8_queries:
             return self._decode(slot, view, q_nope, q_rope, kv_b, scale)
         few: list[int] = []
