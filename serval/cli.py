@@ -263,6 +263,9 @@ def compress(
     head: Annotated[
         int | None, typer.Option(help="8 or 4: bits of the output head (and a tied embedding).")
     ] = None,
+    embedding: Annotated[
+        int | None, typer.Option(help="8 or 4: bits of an embedding that is not the head too.")
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Shell pattern of matrices to keep in float.")
     ] = None,
@@ -302,6 +305,7 @@ def compress(
         activations=activations,  # type: ignore[arg-type]  # checked with the method
         scales=scales,  # type: ignore[arg-type]
         head=head,
+        embedding=embedding,
         ignore=ignore or [],
         overrides=override or [],
         rotate=rotate,

@@ -31,11 +31,11 @@ class Method:
 
     weights: a name of `RECIPES`. bits, group_size (a number or "channel"), activations, scales: of
     the scheme; None: the recipe's. head: bits of the output head (8: per row; 4: in groups of 32),
-    which with a tied table is the embedding too; None: it stays in float. ignore: patterns of
-    checkpoint names that stay in float. overrides: see `Override.parse`. rotate: a name of
-    `ROTATIONS`. format: how matrices are stored, None: packed for 4 bits. settings: fields of the
-    recipe; with "scales." before it a field of `IntegerScale`, with "rotation." one of the
-    rotation.
+    which with a tied table is the embedding too; None: it stays in float. embedding: the same of an
+    embedding of its own. ignore: patterns of checkpoint names that stay in float. overrides: see
+    `Override.parse`. rotate: a name of `ROTATIONS`. format: how matrices are stored, None: packed
+    for 4 bits. settings: fields of the recipe; with "scales." before it a field of `IntegerScale`,
+    with "rotation." one of the rotation.
     """
 
     weights: str = "int8"
@@ -44,6 +44,7 @@ class Method:
     activations: Activations | None = None
     scales: Scales | None = None
     head: int | None = None
+    embedding: int | None = None
     ignore: Sequence[str] = ()
     overrides: Sequence[str] = ()
     rotate: str | None = None
@@ -61,8 +62,9 @@ class Method:
             rotation = make(rotation_kind, self._settings(_ROTATION), f"rotation {self.rotate!r}")
         elif self._settings(_ROTATION):
             raise ConfigError("settings of a rotation are given, but no rotation is chosen")
-        if self.head not in (None, 4, 8):
-            raise ConfigError(f"the output head can have 4 or 8 bits, got {self.head}")
+        for what, bits in (("output head", self.head), ("embedding", self.embedding)):
+            if bits not in (None, 4, 8):
+                raise ConfigError(f"the {what} can have 4 or 8 bits, got {bits}")
         default = recipe.default_scheme
         changes: dict[str, Any] = {
             "bits": self.bits,
@@ -81,7 +83,8 @@ class Method:
             overrides=tuple(Override.parse(text) for text in self.overrides),
             ignore=tuple(self.ignore),
         )
-        return Resolved(recipe, rules, integer, rotation, self.head, check_format(self.format))
+        format = check_format(self.format)
+        return Resolved(recipe, rules, integer, rotation, self.head, self.embedding, format)
 
     def _settings(self, prefix: str) -> dict[str, Any]:
         other = () if prefix else (_SCALES, _ROTATION)
@@ -101,6 +104,7 @@ class Resolved:
     integer_scale: IntegerScale
     rotation: Rotation | None
     head: int | None
+    embedding: int | None
     format: Format | None
 
     def schemes(self, decoder: Decoder) -> dict[str, WeightScheme | str]:
@@ -109,6 +113,11 @@ class Resolved:
         fit, or when all would stay in float."""
         apart = stores_experts_apart(decoder)
         tied = decoder.config.tie_word_embeddings
+        if tied and self.embedding is not None:
+            raise ConfigError(
+                f"embedding={self.embedding}, but this model's embedding is its output head too: "
+                "choose its bits with --head"
+            )
         made: dict[str, WeightScheme | str] = {}
         for target in targets(decoder):
             for name in target.checkpoint_modules():
@@ -127,18 +136,20 @@ class Resolved:
             if self.head is None:
                 table = "output head" if target.kind == "head" else "embedding and output head"
                 return f"{table} (choose it with --head 8)"
-            return self._head_scheme(_inputs(target, name))
+            return self._table_scheme(self.head, _inputs(target, name))
+        if target.kind == "embedding" and self.embedding is not None:
+            return self._table_scheme(self.embedding, _inputs(target, name))
         if target.kind == "experts" and apart:
             return self.rules.scheme(name, _inputs(target, name))
         if target.kind == "linear":
             return self.rules.scheme(name, _inputs(target, name))
         return WHY_KEPT[target.kind]
 
-    def _head_scheme(self, inputs: int) -> WeightScheme:
+    def _table_scheme(self, bits: int, inputs: int) -> WeightScheme:
         default = self.rules.default
         activations: Activations = "none" if default.activations == "none" else "token"
-        if self.head == 8 or inputs % _HEAD_GROUP:
-            return WeightScheme(self.head or 8, activations=activations)
+        if bits == 8 or inputs % _HEAD_GROUP:
+            return WeightScheme(bits, activations=activations)
         return WeightScheme(4, _HEAD_GROUP, activations, default.scales)
 
 

@@ -18,7 +18,7 @@ Kind = Literal["linear", "head", "embedding", "experts", "router", "latent"]
 
 WHY_KEPT: dict[Kind, str] = {
     "head": "output head (choose it with head=True)",
-    "embedding": "embedding table",
+    "embedding": "embedding table (choose it with --embedding 8)",
     "experts": "this checkpoint family has no per-expert tensors",
     "router": "router: decides in float32",
     "latent": "the cache multiplies by it in float (MLA up-projection)",

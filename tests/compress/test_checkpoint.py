@@ -54,6 +54,29 @@ def test_tied_int8_table_round_trip(tmp_path, source):
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_embedding_of_its_own_is_compressed_when_asked(tmp_path, bits):
+    exact = decoder(tie_word_embeddings=False)
+    checkpoint.save(exact, tmp_path / "source")
+    result = run(CompressOptions(tmp_path / "source", tmp_path / "plain", head=8))
+    assert "--embedding 8" in result.kept["model.embed_tokens"]
+    out = tmp_path / "out"
+    result = run(CompressOptions(tmp_path / "source", out, head=8, embedding=bits))
+    assert result.kept == {}
+    assert set(result.quantised) >= {"model.embed_tokens", "lm_head"}
+    model = checkpoint.load(out)
+    rounded = quantize(exact.embed_tokens.weight, WeightScheme(bits, None if bits == 8 else 32))
+    rows = model.embed_tokens(torch.arange(20))
+    torch.testing.assert_close(rows, rounded.dequantize()[:20], rtol=2e-2, atol=1e-6)
+    tokens = torch.arange(20)
+    assert (logits(model, tokens) - logits(exact, tokens)).norm() < 0.3 * logits(
+        exact, tokens
+    ).norm()
+    checkpoint.save(decoder(tie_word_embeddings=True), tmp_path / "tied")
+    with pytest.raises(ConfigError, match=r"embedding is its output head too.*--head"):
+        run(CompressOptions(tmp_path / "tied", tmp_path / "x", embedding=8))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scales", ["float", "integer"])
 def test_a_four_bit_head_has_groups(tmp_path, tied, scales):
@@ -222,6 +245,7 @@ def test_missing_scale_is_named(tmp_path, source):
     ("options", "message"),
     [
         ({"head": 5}, "output head can have 4 or 8 bits, got 5"),
+        ({"embedding": 3}, "embedding can have 4 or 8 bits, got 3"),
         ({"settings": {"depth": 1}}, "method 'int8' has no setting 'depth'; it has: none"),
         (
             {"weights": "gptq", "settings": {"damping": "much"}},
