@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from serval.compress.install import empty_module, installed, place
 from serval.compress.modules import DequantizedLinear
@@ -20,7 +21,6 @@ from serval.compress.scheme import Activations, WeightScheme
 from serval.compress.storage import ROW_FACTOR, Format, Storage
 from serval.compress.targets import Target, targets
 from serval.errors import ConfigError
-from serval.models.checkpoint.quantized import CheckpointModule
 from serval.models.checkpoint.safetensors_file import StoredTensor
 from serval.models.decoder import Decoder
 
@@ -125,7 +125,7 @@ class CompressedTensors:
                 place(decoder, target, _module(target, storages))
 
 
-def _module(target: Target, storages: list[Storage]) -> CheckpointModule:
+def _module(target: Target, storages: list[Storage]) -> nn.Module:
     """A module for `target` without values; raises ConfigError naming it."""
     try:
         made = empty_module(target, storages)
