@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from serval import kernels
-from serval.errors import ConfigError
 from serval.kernels import jit
 from serval.kernels.attention import reference
+from serval.kernels.attention_variants import reference as formulas
 from serval.models.batch import PackedBatch
 from serval.models.memory import Memory, materialise_latent
 
@@ -48,6 +48,7 @@ class Attention:
     window: int | None
     sinks: Tensor | None
     o: Tensor
+    function: Any = None
 
     @cached_property
     def _received(self) -> tuple[Tensor, Tensor]:
@@ -65,8 +66,11 @@ class Attention:
 
     def received(self, queries: int | None = None, sinks: bool = True) -> tuple[Tensor, Tensor]:
         """(mass, lse) of the first `queries` rows among the keys they see. sinks False: rows
-        normalised over tokens alone."""
+        normalised over tokens alone. Where `function` replaces softmax, lse is the log of what the
+        rows sum to."""
         rows = self.q.shape[0] if queries is None else queries
+        if self.function is not None:
+            return self._explicit(rows, normalise=not sinks)
         return kernels.received_mass(
             self.q[:rows],
             self.k[: self.first + rows],
@@ -79,6 +83,9 @@ class Attention:
 
     def weights_of(self, keys: Tensor) -> Tensor:
         """Attention weights of a few keys: keys int64 [s] -> [n, H, s], 0 where not visible."""
+        if self.function is not None:
+            parts = [self.block(a)[..., keys] for a in self.blocks()]
+            return torch.cat(parts, 1).transpose(0, 1)
         chosen = self.for_queries(self.k[keys])  # [s, H, D]
         z = torch.einsum("nhd,shd->nhs", self.q.float(), chosen.float()) * self.scale
         return (z - self.lse[..., None]).exp() * self.visible(keys)[:, None]
@@ -100,12 +107,53 @@ class Attention:
         bias: [m], added to the keys' logits, by one more channel of queries and keys. Returns
         [n, H, Dv].
         """
+        if self.function is not None:
+            values, parts = v.transpose(0, 1), []
+            for rows in self.blocks():
+                z = self._logits(rows, k)
+                if bias is not None:
+                    z = (z + bias).masked_fill(bias <= MASKED, float("-inf"))
+                q = self.q[rows].transpose(0, 1)
+                parts.append(self.function(z, q, values, self.scale).transpose(0, 1))
+            return torch.cat(parts)
         q = self.q
         if bias is not None:
             q = torch.cat([q, torch.ones_like(q[..., :1])], -1)
             column = (bias / self.scale).to(k.dtype)[:, None, None].expand(-1, k.shape[1], 1)
             k = torch.cat([k, column], -1)
         return attend(q, k, v, self.scale, self.first, self.window, self.sinks)
+
+    def blocks(self) -> list[slice]:
+        """The query rows in blocks, whose explicit weights may exist at once."""
+        n = self.q.shape[0]
+        return [slice(a, min(a + ROWS, n)) for a in range(0, n, ROWS)]
+
+    def block(self, rows: slice) -> Tensor:
+        """Explicit weights of some query rows: [H, rows, m]."""
+        z = self._logits(rows, self.k)
+        column = getattr(self.function, "column", None)
+        if column is not None:  # a key that is no token
+            return formulas.k_bias(z, column(self.q[rows].transpose(0, 1), self.scale))
+        return self.function.weights(z)
+
+    def _logits(self, rows: slice, k: Tensor) -> Tensor:
+        """Scaled logits [H, rows, m], -inf where not visible."""
+        keys = torch.arange(k.shape[0], device=k.device)
+        z = torch.einsum("nhd,mhd->hnm", self.q[rows], self.for_queries(k)) * self.scale
+        return z.masked_fill(~self.visible(keys)[rows], float("-inf"))
+
+    def _explicit(self, rows: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        heads, stored = self.q.shape[1], self.first + rows
+        mass = self.q.new_zeros(heads, stored, dtype=torch.float32)
+        sums = []
+        for part in self.blocks():
+            weights = self.block(slice(part.start, min(part.stop, rows)))[..., :stored].float()
+            total = weights.sum(-1)
+            mass += (weights / (total[..., None] + 1e-8) if normalise else weights).sum(1)
+            sums.append(total.T)
+            if part.stop >= rows:
+                break
+        return mass, torch.cat(sums).clamp(min=1e-30).log()
 
 
 # May return another output [n, H, Dv]; None keeps the present one.
@@ -204,13 +252,7 @@ class HookedMemory(Memory):
         sinks: Tensor | None = None,
         weights: Any = None,
     ) -> Tensor:
-        """See `serval.models.memory.Memory.attend`; no gradients. Raises ConfigError for attention
-        other than softmax, which has no log-sum-exp to observe."""
-        if weights is not None:
-            raise ConfigError(
-                f"layer {layer} computes its weights with {type(weights).__name__}; only softmax "
-                "attention (with sinks and gates) can be observed or changed"
-            )
+        """See `serval.models.memory.Memory.attend`; no gradients."""
         parts = []
         for n, (a, b) in enumerate(zip(self._starts[:-1], self._starts[1:], strict=True)):
             keys, values = k[a:b].detach(), v[a:b].detach()
@@ -221,11 +263,13 @@ class HookedMemory(Memory):
                 keys, values = torch.cat([past[0], keys]), torch.cat([past[1], values])
             self._stored[layer, n] = keys, values
             rows, first = q[a:b].detach(), self.lengths[n] - (b - a)
-            o = attend(rows, keys, values, scale, first, window, sinks)
-            seen = Attention(layer, n, rows, keys, values, scale, first, window, sinks, o)
+            seen = Attention(
+                layer, n, rows, keys, values, scale, first, window, sinks, rows, weights
+            )
+            seen.o = seen.attend(keys, values)
             for hook in self.hooks:
                 changed = hook(seen)
-                seen.o = seen.o if changed is None else changed.to(o.dtype)
+                seen.o = seen.o if changed is None else changed.to(rows.dtype)
             parts.append(seen.o)
         return torch.cat(parts)
 

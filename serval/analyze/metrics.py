@@ -103,9 +103,17 @@ def entropy(attention: Attention) -> Tensor:
     """Entropy of each row in nats: [n, H].
 
     H_i = lse_i - sum_j A_ij z_ij, and sum_j A_ij z_ij = scale q_i . (sum_j A_ij k_j) is one more
-    attention, with the keys as values. A sink logit b adds A_ib b to the sum.
+    attention, with the keys as values. A sink logit b adds A_ib b to the sum. Where something else
+    replaces softmax: the entropy of the weights over their sum.
     """
     a = attention
+    if a.function is not None:
+        parts = []
+        for rows in a.blocks():
+            weights = a.block(rows).float()
+            share = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
+            parts.append(-torch.xlogy(share, share).sum(-1).T)
+        return torch.cat(parts)
     mean_key = attend(a.q, a.k, a.k, a.scale, a.first, a.window, a.sinks)
     expected = (a.q.float() * mean_key.float()).sum(-1) * a.scale
     if a.sinks is not None:
@@ -115,7 +123,10 @@ def entropy(attention: Attention) -> Tensor:
 
 
 def row_sums(attention: Attention) -> Tensor:
-    """Weight that each row gives to tokens: [n, H], 1 but for a learned sink's share."""
+    """Weight that each row gives to tokens: [n, H], 1 but for a learned sink's share, or what a
+    variant of softmax makes it."""
+    if attention.function is not None:
+        return attention.lse.exp()
     if attention.sinks is None:
         return torch.ones_like(attention.lse)
     return 1 - (attention.sinks.float() - attention.lse).exp()

@@ -163,6 +163,11 @@ class ZeroTuning:
             return None
         if isinstance(self.b, float | int) and math.isinf(self.b):
             raise ConfigError(f"ZeroTuning takes a finite b, got {self.b}; use MaskKeys to remove")
+        if a.function is not None:
+            raise ConfigError(
+                f"layer {a.layer} computes its weights with {type(a.function).__name__}; "
+                "ZeroTuning's closed form holds for softmax attention"
+            )
         key = torch.tensor([self.key], device=a.q.device)
         value = a.for_queries(a.v[key])[0].float()
         changed, _ = zero_tuned(a.o.float(), a.lse, a.weights_of(key)[..., 0], value, self.b)

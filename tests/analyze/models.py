@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serval.models.config import MLAConfig, ModelConfig, MoEConfig
+from serval.models.config import AttentionVariants, MLAConfig, ModelConfig, MoEConfig
 from serval.models.decoder import Decoder
 
 BASE = {
@@ -30,6 +30,9 @@ KINDS: dict[str, dict] = {
     "mla": {"mla": MLA, "num_key_value_heads": None, "head_dim": None},
     "moe": {"moe": MOE},
     "shortcut": {"moe": MOE, "block": "shortcut"},
+    "softmax1": {"attention": AttentionVariants(weights="softmax1")},
+    "softpick": {"attention": AttentionVariants(weights="softpick", gate="headwise")},
+    "kv bias": {"attention": AttentionVariants(weights="kv_bias")},
 }
 
 

@@ -141,9 +141,22 @@ def test_survey_of_a_decoder(kind: str) -> None:
     matrices: dict[int, list[Tensor]] = {}
 
     class Recording(CausalMemory):
-        def attend(self, layer, q, k, v, scale, *, window=None, sinks=None):
-            matrices.setdefault(layer, []).append(dense_weights(q, k, scale, window, sinks))
-            return super().attend(layer, q, k, v, scale, window=window, sinks=sinks)
+        def attend(self, layer, q, k, v, scale, *, window=None, sinks=None, weights=None):
+            dense = dense_weights(q, k, scale, window, sinks)
+            if weights is not None:
+                z = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * scale
+                z = z.masked_fill(dense == 0, float("-inf"))
+                # over values that are unit vectors, the output is the weights
+                values = torch.eye(len(k)).expand(2, -1, -1)
+                if kind == "kv bias":  # whose value is 0 here, of the model's width
+                    column = weights.column(q.transpose(0, 1), scale)
+                    dense = torch.cat([z, column], -1).double().softmax(-1)[..., :-1]
+                else:
+                    dense = weights(z, q.transpose(0, 1), values, scale).double()
+            matrices.setdefault(layer, []).append(dense)
+            return super().attend(
+                layer, q, k, v, scale, window=window, sinks=sinks, weights=weights
+            )
 
     for n, tokens in enumerate(sequences):
         batch = PackedBatch.from_lengths([24])
@@ -156,7 +169,10 @@ def test_survey_of_a_decoder(kind: str) -> None:
         first = torch.stack([m[:, 1:, 0].sum(-1) / seen for m in matrices[layer]]).mean(0)
         torch.testing.assert_close(survey.heads.first_token[layer].double(), first, **CLOSE)
     assert survey.heads.row_sum.shape == (len(specs), 4)
-    assert (survey.heads.row_sum < 0.999).any() == (kind == "windows and sinks")
+    normal = kind in ("gqa", "mla", "moe", "shortcut")
+    assert bool((survey.heads.row_sum < 0.999).any()) != normal
+    sums = torch.stack([m.sum(-1).mean(-1) for m in matrices[0]]).mean(0)
+    torch.testing.assert_close(survey.heads.row_sum[0].double(), sums, rtol=1e-4, atol=1e-4)
     assert len(survey.layers) == decoder.config.num_hidden_layers
     rates = sink_rate(decoder, sequences, epsilon=0.1)
     hits = torch.stack(
