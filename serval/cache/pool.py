@@ -53,6 +53,14 @@ class BlockPool:
         self._block_of: dict[Hashable, int] = {}
         self.evictions = 0
 
+    def grow(self, num_blocks: int) -> None:
+        """Add blank blocks, up to `num_blocks` in all."""
+        if num_blocks < self.num_blocks:
+            raise CacheError(f"A pool of {self.num_blocks} blocks cannot shrink to {num_blocks}.")
+        self._references += [0] * (num_blocks - self.num_blocks)
+        self._blank[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)  # low ids come out first
+        self.num_blocks = num_blocks
+
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated now (blank or cached)."""

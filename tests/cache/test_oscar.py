@@ -18,7 +18,8 @@ from serval.models.memory import CausalMemory
 
 GQA = AttentionSpec("gqa", 4, 2, 32, 32)
 NAMES = ["oscar", "oscar:bits=4", "oscar:zero=min", "oscar:norms=false", "oscar:rotate=false",
-         "oscar:sinks=3", "kivi", "kivi:sinks=40", "int2", "int4", "int2:rotate=true"]  # fmt: skip
+         "oscar:sinks=3", "kivi", "kivi:sinks=40", "int2", "int4", "q4_0",
+         "int2:rotate=true"]  # fmt: skip
 R = 64
 
 
@@ -131,6 +132,13 @@ def test_decoding_is_what_the_plain_kernel_computes_over_the_same_numbers(tolera
         run.check({0: 1}, tolerance=tolerance)
 
 
+def test_long_contexts_are_read_piece_by_piece(monkeypatch, tolerance: float) -> None:
+    monkeypatch.setattr("serval.cache.layouts.oscar._EXPANDED", 0)
+    run = Sequences(memory_for(short("oscar:sinks=2")))
+    for count in (R + 40, 60, 30):
+        run.check({0: count}, sinks=True, tolerance=tolerance)
+
+
 @pytest.mark.parametrize("length", [R - 1, R, R + 1, 2 * R, 2 * R + 17])
 @pytest.mark.parametrize("kv", ["oscar", "kivi:sinks=5"])
 def test_bookkeeping_is_a_function_of_the_length(kv: str, length: int) -> None:
@@ -237,6 +245,23 @@ def test_scaling_a_token_scales_it_and_nothing_else() -> None:
     torch.testing.assert_close(read["oscar", 1.0][17] * 0.05, read["oscar", 0.05][17])
     assert torch.equal(read["oscar", 1.0][others], read["oscar", 0.05][others])
     assert not torch.allclose(read["kivi", 1.0][others], read["kivi", 0.05][others])
+
+
+def test_q4_0_is_that_of_ggml() -> None:
+    quants = pytest.importorskip("gguf.quants")
+    kind = quants.GGMLQuantizationType.Q4_0
+    run = Sequences(memory_for("q4_0"))
+    run.step({0: 32})
+    table = torch.from_numpy(run.caches[0].tables[0].ids)
+    fmt, storage = run.layout.format(GQA), run.layout.storage[0]
+    for got, x in zip(kernels.oscar.fetch(fmt, storage, table, 32), (run.k, run.v), strict=True):
+        theirs = quants.dequantize(quants.quantize(x[0, :32].flatten(1).numpy(), kind), kind)
+        theirs = torch.from_numpy(theirs)
+        # scales are 16-bit floats there, integers of 14 bits here: a number half-way between two
+        # codes may go to the other one
+        close = torch.isclose(got.flatten(1), theirs, atol=2e-2, rtol=1e-2)
+        assert close.float().mean() > 0.998
+        assert (got.flatten(1) - theirs).abs().max() < 0.2 * x.abs().max()
 
 
 def test_bytes_of_blocks_and_states() -> None:

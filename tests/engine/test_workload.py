@@ -6,10 +6,12 @@ import random
 import sys
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serval import SamplingParams
+from serval.cache.memory import cache_state_bytes
 from serval.engine.request import Request
 
 from .helpers import greedy, tiny_decoder, tiny_llm
@@ -45,15 +47,41 @@ def test_random_traffic_of_latents(
     random_traffic("mla", seed, spare, block, batch, sequences, prefix_caching, kv)
 
 
-def random_traffic(model, seed, spare, block, batch, sequences, prefix_caching, kv) -> None:
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    spare=st.integers(0, 4),
+    batch=st.integers(6, 90),
+    sequences=st.integers(2, 6),
+    prefix_caching=st.booleans(),
+    kv=st.sampled_from(
+        [
+            "oscar:residual=32",
+            "oscar:residual=64,sinks=3",
+            "kivi:residual=32",
+            "int2:residual=32",
+            ["oscar:residual=32", "full"],
+            ["int4:residual=32", "oscar:residual=64,bits=4"],
+        ]
+    ),
+)
+def test_random_traffic_of_few_bits(seed, spare, batch, sequences, prefix_caching, kv) -> None:
+    random_traffic("gqa", seed, spare, 32, batch, sequences, prefix_caching, kv, longest=130)
+
+
+def random_traffic(
+    model, seed, spare, block, batch, sequences, prefix_caching, kv, longest=44
+) -> None:
     rng = random.Random(seed)
-    longest = 44
     unit = tiny_llm(model, kv=kv, block_size=block).memory.block_bytes
+    specs = tiny_decoder(model).trunk_attention_layers
+    states = sequences * cache_state_bytes(specs, kv, torch.float32)
+    stem = 24 * longest // 44
     llm = tiny_llm(
         model,
         kv=kv,
         block_size=block,
-        cache_bytes=unit * (-(-longest // block) + spare),
+        cache_bytes=unit * (-(-longest // block) + spare) + states,
         max_model_len=longest,
         max_batch_tokens=batch,
         max_sequences=sequences,
@@ -61,12 +89,12 @@ def random_traffic(model, seed, spare, block, batch, sequences, prefix_caching, 
         seed=seed,
     )
     engine, manager = llm.engine, llm.memory.manager
-    stems = [[rng.randrange(250) for _ in range(24)] for _ in range(2)]
+    stems = [[rng.randrange(250) for _ in range(stem)] for _ in range(2)]
     alive: list[Request] = []
     every: list[Request] = []
     for _ in range(45):
         if rng.random() < 0.5 and len(alive) < 10:
-            prompt = rng.choice(stems)[: rng.randint(1, 24)]
+            prompt = rng.choice(stems)[: rng.randint(1, stem)]
             prompt = prompt + [rng.randrange(250) for _ in range(rng.randint(0, 4))]
             params = SamplingParams(
                 n=rng.choice([1, 1, 1, 2, sequences]),

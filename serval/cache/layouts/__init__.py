@@ -51,6 +51,10 @@ LAYOUTS: dict[str, Entry] = {
         "serval.cache.layouts.oscar:PerTokenInt2Layout",
         "2 bits, one scale per token and 32 channels, the last 128 tokens exact",
     ),
+    "q4_0": Entry(
+        "serval.cache.layouts.oscar:Q4_0Layout",
+        "4 bits as in ggml, one scale per token and 32 channels, the last 32 tokens exact",
+    ),
     "snapmla": Entry(
         "serval.cache.layouts.snapmla:SnapMLALayout",
         "FP8 latents with a scale per token and bfloat16 rotary keys, for MLA models",

@@ -42,6 +42,7 @@ from serval.models.attention import AttentionSpec
 from serval.models.value_rotation import rotate_values
 
 _FEW = 8  # rows of a sequence up to which packed codes are read without being expanded
+_EXPANDED = 256 << 20  # bytes that a sequence's stored tokens may take when they are
 
 
 class OScaRLayout(Layout):
@@ -53,6 +54,7 @@ class OScaRLayout(Layout):
         bits: 2 or 4, of keys, and of values unless value_bits is not 0.
         residual: exact tokens at the end of a sequence, a multiple of the block size.
         zero: "int" rounds zero points (OScaR), "min" keeps a group's smallest number (KIVI),
+            "symmetric" the one farthest from 0 (ggml).
         rotate: canalized rotation of keys and rotation of values.
         norms: omni-token scaling.
         sinks: first tokens that stay exact; prefixes are then not shared between sequences.
@@ -177,6 +179,9 @@ class OScaRLayout(Layout):
     def write(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:
         raise CacheError(f"cache layout {self.name!r} stores and attends in one step")
 
+    def fill(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:
+        self.store(slot, view, k, v)
+
     def attend(
         self,
         slot: int,
@@ -200,8 +205,11 @@ class OScaRLayout(Layout):
         sinks: Tensor | None,
     ) -> Tensor:
         plan = self.plan(view)
-        turn_values = self._turns_values(slot)
-        wide, k, v = self.rotated(slot, q, k, v)
+        wide, k, v = q.float(), k.float(), v.float()
+        if self.rotate:
+            wide, k = kernels.hadamard_pair(wide, k)
+        if self._turns_values(slot):
+            v = kernels.hadamard(v)
         o = wide.new_empty(*q.shape[:2], v.shape[-1])
         if plan.rows is not None:
             rows = plan.rows
@@ -210,8 +218,32 @@ class OScaRLayout(Layout):
         for chunk in plan.chunks:
             mine = slice(chunk.start, chunk.stop)
             o[mine] = self._chunk(slot, chunk, wide[mine], k[mine], v[mine], scale, sinks)
-        self.commit(slot, plan, k, v)
-        return (kernels.hadamard(o) if turn_values else o).to(q.dtype)
+        self._commit(slot, plan, k, v)
+        return (kernels.hadamard(o) if self._turns_values(slot) else o).to(q.dtype)
+
+    def store(self, slot: int, view: CacheView, k: Tensor, v: Tensor) -> None:
+        """A step without attention: k [T, Hkv, D] and v [T, Hkv, Dv] are stored."""
+        plan = self.plan(view)
+        k, v = self._stored_basis(slot, k, v)
+        if plan.rows is not None:
+            self._hold(slot, plan, k[plan.rows], v[plan.rows])
+        self._commit(slot, plan, k, v)
+
+    def read(
+        self, slot: int, table: np.ndarray, state: int, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """A sequence's tokens as they are stored, in the model's basis: float32 k [n, Hkv, D] and v
+        [n, Hkv, Dv]. table: int32, its blocks; state: its state."""
+        first, stored = min(self.sinks, num_tokens), self.in_blocks(num_tokens)
+        waiting, tensors = num_tokens - first - stored, self.states[slot]
+        blocks = torch.from_numpy(table.astype(np.int64)).to(self.device)
+        packed = oscar.fetch(self._formats[slot], self.storage[slot], blocks, stored)
+        k, v = (
+            torch.cat([x[state, :first] for x in tensors[2 + i : 3 + i]] + [packed[i]]
+                      + [tensors[i][state, :waiting]])
+            for i in range(2)
+        )  # fmt: skip
+        return self._stored_basis(slot, k, v)  # its own inverse
 
     def plan(self, view: CacheView) -> Step:
         """What this step's sequences need; the same for every layer of the group."""
@@ -219,12 +251,13 @@ class OScaRLayout(Layout):
             self._step = Step(view, self.block_size, self.residual, self.sinks)
         return self._step
 
-    def rotated(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 q, k and v in the basis in which they are stored."""
-        q, k, v = q.float(), k.float(), v.float()
-        if self.rotate:
-            q, k = kernels.hadamard(q), kernels.hadamard(k)
-        return q, k, kernels.hadamard(v) if self._turns_values(slot) else v
+    def _stored_basis(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 k and v in the basis in which they are stored, or back from it."""
+        k, v = k.float(), v.float()
+        return (
+            kernels.hadamard(k) if self.rotate else k,
+            kernels.hadamard(v) if self._turns_values(slot) else v,
+        )
 
     def _turns_values(self, slot: int) -> bool:
         """Whether values arrive in the other basis than the stored one."""
@@ -273,12 +306,13 @@ class OScaRLayout(Layout):
         sinks: Tensor | None,
     ) -> Tensor:
         """One sequence's several rows q [n, H, D]: stored tokens, then exact ones, causally."""
-        exact_k, exact_v = self.exact_rows(slot, chunk)
+        exact_k, exact_v = self._exact_rows(slot, chunk)
         exact_k, exact_v = torch.cat([exact_k, k]), torch.cat([exact_v, v])
         if not chunk.stored:
             return old_and_new(q, exact_k, exact_v, scale, sinks)
-        if len(q) > _FEW:
-            stored_k, stored_v = self.stored_rows(slot, chunk)
+        row = 4 * (k[0].numel() + v[0].numel())
+        if len(q) > _FEW and chunk.stored * row <= _EXPANDED:
+            stored_k, stored_v = self._stored_rows(slot, chunk)
             # softmax does not mind the order of keys, as long as the new ones come last
             exact_k, exact_v = torch.cat([stored_k, exact_k]), torch.cat([stored_v, exact_v])
             return old_and_new(q, exact_k, exact_v, scale, sinks)
@@ -298,11 +332,11 @@ class OScaRLayout(Layout):
         )
         return merge(stored, chunk.attend_exact(q, exact_k, exact_v, scale))[0]
 
-    def stored_rows(self, slot: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _stored_rows(self, slot: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """A sequence's quantised tokens before this step: k [n, Hkv, D], v [n, Hkv, Dv]."""
         return oscar.fetch(self._formats[slot], self.storage[slot], chunk.table, chunk.stored)
 
-    def exact_rows(self, slot: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _exact_rows(self, slot: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """A sequence's exact tokens before this step, the first ones and the window."""
         tensors = self.states[slot]
         k, v = (x[chunk.state, : chunk.waiting] for x in tensors[:2])
@@ -311,7 +345,7 @@ class OScaRLayout(Layout):
         first_k, first_v = (x[chunk.state, : chunk.first] for x in tensors[2:])
         return torch.cat([first_k, k]), torch.cat([first_v, v])
 
-    def commit(self, slot: int, step: Step, k: Tensor, v: Tensor) -> None:
+    def _commit(self, slot: int, step: Step, k: Tensor, v: Tensor) -> None:
         """After attention: new rows of chunks go into the states, full windows into blocks."""
         fmt, storage, tensors = self._formats[slot], self.storage[slot], self.states[slot]
         for state, blocks in step.full:
@@ -365,7 +399,7 @@ class PerTokenInt4Layout(KiviLayout):
     (arXiv 2404.00456)."""
 
     name = "int4"
-    options = ("residual", "rotate", "sinks")
+    options: ClassVar[tuple[str, ...]] = ("residual", "rotate", "sinks")
     keys = "token"
     bits = 4
 
@@ -375,3 +409,14 @@ class PerTokenInt2Layout(PerTokenInt4Layout):
 
     name = "int2"
     bits = 2
+
+
+class Q4_0Layout(PerTokenInt4Layout):
+    """As ggml's q4_0 cache: symmetric, per token in groups of 32 channels; x ~ d (code - 8), where
+    -8 d is the number farthest from 0. Groups of 32 tokens are packed together, so the last ones
+    wait, exact."""
+
+    name = "q4_0"
+    options = ("residual", "sinks")
+    zero = "symmetric"
+    residual = 32

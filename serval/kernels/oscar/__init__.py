@@ -131,7 +131,7 @@ def store(fmt: QuantizedKV, k: Tensor, v: Tensor, block_ids: Tensor, storage: li
     _check_rows(fmt, k, v, block_ids, size)
     _check_blocks(block_ids, storage)
     function = _function(_STORE, fmt, storage, k, v, block_ids)
-    if function is None:
+    if function is None or fmt.zero == "symmetric":
         reference.store(fmt, k, v, block_ids, storage)
         return
     k, v, ids = _dense(k), _dense(v), _dense(block_ids, torch.int32)

@@ -34,6 +34,7 @@ GROUP = 32  # numbers that share a scale; tokens of a record
 TOP = 16384  # largest integer scale
 BIAS = 120  # of the stored exponents
 LINE = 64  # bytes
+ZEROS = ("int", "min", "symmetric")
 
 
 def _up(n: int, m: int) -> int:
@@ -49,7 +50,8 @@ class QuantizedKV:
         key_bits, value_bits: 2 or 4.
         group: numbers that share a scale and a zero point; this storage knows 32.
         zero: "int" rounds the zero point z to an integer, so that 0 stays 0 (OScaR's code);
-            "min" keeps the group's smallest number exact (KIVI).
+            "min" keeps the group's smallest number exact (KIVI); "symmetric" puts 0 beside the
+            middle and keeps the number farthest from it (ggml's q4_0).
         keys: "channel" groups keys along tokens, "token" along channels.
         norms: divide each key token by its norm over all heads first, and keep the norm (OScaR);
             with keys="channel" only.
@@ -63,7 +65,7 @@ class QuantizedKV:
     key_bits: int = 2
     value_bits: int = 2
     group: int = GROUP
-    zero: Literal["int", "min"] = "int"
+    zero: Literal["int", "min", "symmetric"] = "int"
     keys: Literal["channel", "token"] = "channel"
     norms: bool = True
 
@@ -76,8 +78,8 @@ class QuantizedKV:
                 raise wrong(key, "2 or 4")
         if self.group != GROUP:
             raise wrong("group", str(GROUP))
-        if self.zero not in ("int", "min"):
-            raise wrong("zero", "'int' or 'min'")
+        if self.zero not in ZEROS:
+            raise wrong("zero", "'int', 'min' or 'symmetric'")
         if self.keys not in ("channel", "token"):
             raise wrong("keys", "'channel' or 'token'")
         if self.norms and self.keys == "token":

@@ -8,6 +8,7 @@ Quantiser of a group, b bits, L = 2^b - 1, c = L / 2:
 
     s = (max - min) / L, rounded to n 2^e (see format.py)
     zero "int": z = round(-min / s), m = s (c - z)        zero "min": m = min + c s
+    zero "symmetric": a the number of largest |a|, s = |a| / (c + 1/2), m = sign(a) s / 2
     m is rounded to float16; code = clamp(round((x - (m - c s)) / s), 0, L);  x ~ s (code - c) + m
 
 z may lie outside 0..L. A constant group has s = 0 and m = its number.
@@ -39,7 +40,8 @@ def parameters(x: Tensor, bits: int, zero: str, records: int) -> tuple[Tensor, T
     """
     levels = 2**bits - 1
     high, low = x.amax(-1), x.amin(-1)
-    scale = (high - low) / levels
+    farthest = torch.where(high >= -low, high, low)
+    scale = (high - low) / levels if zero != "symmetric" else farthest.abs() / (levels // 2 + 1)
     most = scale.flatten(records).amax(-1)
     exponent = (torch.frexp(most).exponent - 14).clamp(-BIAS, 255 - BIAS)
     unit = torch.ldexp(torch.ones_like(most), exponent)[(..., *[None] * (scale.dim() - records))]
@@ -48,6 +50,8 @@ def parameters(x: Tensor, bits: int, zero: str, records: int) -> tuple[Tensor, T
     if zero == "int":
         z = (-low / s.where(s > 0, torch.ones_like(s))).round()
         middle = s * (levels / 2 - z)
+    elif zero == "symmetric":
+        middle = farthest.sign() * s / 2
     else:
         middle = low + s * (levels / 2)
     middle = middle.where(s > 0, (high + low) / 2).clamp(-LARGEST_HALF, LARGEST_HALF)
