@@ -32,6 +32,9 @@ BENCHES: dict[str, Entry] = {
         "serval.bench.w4a8:collect", "products with 4-bit weights: torch, ggml, scale forms"
     ),
     "kv": Entry("serval.bench.kv:collect", "decode attention per cache layout, Llama-3.1-8B layer"),
+    "kv-quality": Entry(
+        "serval.bench.kv_quality:collect", "what caches of few bits cost in quality"
+    ),
     "train": Entry("serval.bench.train:collect", "training tokens/s against transformers.Trainer"),
     "optim": Entry("serval.bench.optim:collect", "Muon and MONA steps against torch.optim.Muon"),
     "optim-quality": Entry(

@@ -105,8 +105,8 @@ class Yardstick:
 class RememberedScorer(Scorer):
     """Logits that are computed once per batch of sequences and then kept."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__(decoder)
+    def __init__(self, decoder: Decoder, chunk: int = 256) -> None:
+        super().__init__(decoder, chunk=chunk)
         self._kept: dict[tuple[tuple[int, ...], ...], list[Rows]] = {}
 
     def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Rows]:

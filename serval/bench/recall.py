@@ -52,11 +52,18 @@ def make_questions(
 
 def answer(decoder: Decoder, tokenizer: Any, contexts: Sequence[Sequence[Question]]) -> float:
     """The share of right answers: the mean over tasks of each task's share."""
-    llm = LLM(decoder, tokenizer=tokenizer)
+    found = shares(decoder, tokenizer, contexts)
+    return sum(found.values()) / len(found)
+
+
+def shares(
+    decoder: Decoder, tokenizer: Any, contexts: Sequence[Sequence[Question]], kv: str = "full"
+) -> dict[str, float]:
+    """The share of right answers of each task, read from a cache of layout `kv`."""
+    llm = LLM(decoder, tokenizer=tokenizer, kv=kv)
     first = [tokenizer(some[0].prompt, verbose=False)["input_ids"] for some in contexts]
     llm.generate(first, SamplingParams(temperature=0.0, max_tokens=1))  # fills the cache
     questions = [question for some in contexts for question in some]
     cells = retrieval.ask(llm, tokenizer, questions, batch=64)
     tasks = dict.fromkeys(cell.task for cell in cells)
-    shares = [retrieval.accuracy([c for c in cells if c.task == task]) for task in tasks]
-    return sum(shares) / len(shares)
+    return {task: retrieval.accuracy([c for c in cells if c.task == task]) for task in tasks}

@@ -1,0 +1,200 @@
+"""The tables, findings and picture of a `kv-quality` report, made from its JSON and nothing else.
+
+    python -m serval.bench.kv_quality_report docs/results/kv-quality.json \
+        --page docs/methods/oscar.md --picture docs/images/kv-quality.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serval.bench.harness import Case, Report
+from serval.bench.table import read_report, replace_results
+from serval.errors import ConfigError, ServalError
+from serval.evaluate.plots import PALETTE
+
+MOST_POINTS, MOST_PERPLEXITY = 1.0, 0.02  # that a 2-bit cache may cost at window 128
+MARGIN = {"kivi": 0.58 / 0.15, "int2": 0.39 / 0.15}  # of token errors, regime "modalities"
+
+
+def result_table(report: Report) -> str:
+    """Markdown: the model's cases, the keys' cases, what they say about the claims."""
+    parts = []
+    cases = [case for case in report.cases if "perplexity" in case.metrics]
+    if cases:
+        lines = [
+            "| cache | window | bits per number | perplexity | vs full | KL, mnats | same top "
+            "| retrieval | variables |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        parts.append("\n".join(lines + [_line(case.metrics) for case in cases]))
+    for regime, found in _regimes(report).items():
+        lines = [
+            f"Keys, regime **{regime}**, relative errors (smallest to largest draw):",
+            "",
+            "| cache | all tokens | short tokens | attention output |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        parts.append("\n".join(lines + [_errors(case.metrics) for case in found]))
+    parts.append("\n".join(f"- {line}" for line in findings(report)))
+    machine = report.machine
+    parts.append(
+        f"Printed by `serval bench {report.bench}` on {machine['cpu']}, {machine['threads']} "
+        f"threads, torch {machine['torch']}, {machine['date']}."
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def findings(report: Report) -> list[str]:
+    """The claims beside what was measured, met or not."""
+    by_name = {case.case: case.metrics for case in report.cases}
+    lines = []
+    for window in (128, 32):
+        ours = by_name.get(f"oscar window {window}")
+        if ours is None:
+            continue
+        lost, worse = -ours["retrieval_change"], ours["perplexity_change"]
+        text = (
+            f"OScaR INT2, window {window}: {lost:+.1f} points of retrieval lost, perplexity "
+            f"{worse:+.2%}"
+        )
+        if window == 128:
+            met = lost <= MOST_POINTS and worse <= MOST_PERPLEXITY
+            text += f" (claim: at most 1 point and 2 %): {'met' if met else 'not met'}"
+        lines.append(text + ".")
+        for peer in ("kivi", "int2"):
+            theirs = by_name.get(f"{peer} window {window}")
+            if theirs is not None:
+                lines.append(
+                    f"Window {window}: KL of OScaR INT2 is {ours['kl'] / theirs['kl']:.2f} of that "
+                    f"of {peer}."
+                )
+    ours = by_name.get("norms modalities oscar")
+    for peer, margin in MARGIN.items():
+        theirs = by_name.get(f"norms modalities {peer}")
+        if ours is not None and theirs is not None:
+            ratio = theirs["token_error"] / ours["token_error"]
+            lines.append(
+                f"Keys of two norms: the mean token error of {peer} is {ratio:.1f} times that of "
+                f"OScaR (claim: {margin:.1f}): {'met' if ratio >= margin else 'not met'}."
+            )
+    return lines
+
+
+def _regimes(report: Report) -> dict[str, list[Case]]:
+    found: dict[str, list[Case]] = {}
+    for case in report.cases:
+        if "regime" in case.metrics:
+            found.setdefault(case.metrics["regime"], []).append(case)
+    return found
+
+
+def _line(m: dict[str, Any]) -> str:
+    cells = [
+        f"`{m['kv'].split(':residual')[0].split(',residual')[0]}`",
+        str(m["window"] or ""),
+        f"{m['bits']:.2f}",
+        f"{m['perplexity']:.3f}",
+        f"{m['perplexity_change']:+.2%}",
+        f"{1e3 * m['kl']:.2f}",
+        f"{m['same_top']:.1%}",
+        *(f"{m[task]:.1%}{_spread(m, task)}" for task in ("retrieval", "variables")),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _spread(m: dict[str, Any], name: str) -> str:
+    low, high = m[f"{name}_spread"]
+    return f" ({low:.0%}-{high:.0%})"
+
+
+def _errors(m: dict[str, Any]) -> str:
+    cells = [f"`{m['kv']}`"]
+    for name in ("token", "short_token", "output"):
+        low, high = m[f"{name}_error_spread"]
+        cells.append(f"{m[f'{name}_error']:.3f} ({low:.3f}-{high:.3f})")
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(report: Report, picture: Path) -> None:
+    """Draw into `picture` (PNG or SVG): KL and retrieval of the model by layout and window, and the
+    token errors of keys by regime."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 3.8), layout="constrained", dpi=110)
+    left, middle, right = figure.subplots(1, 3)
+    cases = [case.metrics for case in report.cases if "perplexity" in case.metrics]
+    windows = sorted({m["window"] for m in cases if m["window"]})
+    names = list(dict.fromkeys(_base(m) for m in cases if m["window"]))
+    for index, window in enumerate(windows):
+        found = {_base(m): m for m in cases if m["window"] == window}
+        places = [i + 0.36 * (index - (len(windows) - 1) / 2) for i in range(len(names))]
+        chosen = [(x, found[name]) for x, name in zip(places, names, strict=True) if name in found]
+        colour, label = PALETTE[index % len(PALETTE)], f"window {window}"
+        xs = [x for x, _ in chosen]
+        left.bar(xs, [1e3 * m["kl"] for _, m in chosen], 0.34, color=colour, label=label)
+        middle.bar(xs, [100 * m["retrieval"] for _, m in chosen], 0.34, color=colour, label=label)
+    for m in cases:
+        if m["kv"] == "full":
+            middle.axhline(100 * m["retrieval"], color="#667085", linewidth=1, linestyle="--")
+    left.set_yscale("log")
+    left.set_ylabel("KL from exact attention, mnats")
+    middle.set_ylabel("retrieval, % (dashed: full)")
+    for panel in (left, middle):
+        panel.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    left.legend(frameon=False)
+    regimes = _regimes(report)
+    kinds = list(dict.fromkeys(c.metrics["kv"] for found in regimes.values() for c in found))
+    for index, (regime, some) in enumerate(regimes.items()):
+        by_kind = {c.metrics["kv"]: c.metrics["token_error"] for c in some}
+        right.plot(
+            range(len(kinds)), [by_kind.get(kind) for kind in kinds], "o-", label=regime,
+            color=PALETTE[(index + 2) % len(PALETTE)], markersize=4, linewidth=1,
+        )  # fmt: skip
+    right.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize=8)
+    right.set_ylabel("mean relative error of a key")
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    for panel in (left, middle, right):
+        panel.grid(axis="y", color="#e4e7ec", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Caches of few bits: the shipped model, and keys of unequal norms", fontsize=11)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    temporary = picture.with_name(f".writing-{picture.name}")
+    figure.savefig(temporary, format=picture.suffix.lstrip(".") or "png")
+    temporary.replace(picture)
+
+
+def _base(m: dict[str, Any]) -> str:
+    """The layout without its window."""
+    return m["kv"].split(":residual")[0].split(",residual")[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command of the module's text."""
+    parser = argparse.ArgumentParser(description="Tables and picture of a kv-quality report.")
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--page", type=Path, help="Markdown file whose results are replaced")
+    parser.add_argument("--picture", type=Path, help="PNG or SVG file to draw")
+    chosen = parser.parse_args(arguments)
+    try:
+        report = read_report(chosen.report)
+        if report.bench != "kv-quality":
+            raise ConfigError(f"{chosen.report} is a report of {report.bench!r}")
+        if chosen.page is not None:
+            if report.quick:
+                raise ConfigError("the report was measured with --quick, which is no result")
+            replace_results(chosen.page, f"\n{result_table(report)}\n")
+        if chosen.picture is not None:
+            draw(report, chosen.picture)
+        if chosen.page is None and chosen.picture is None:
+            print(result_table(report))
+    except ServalError as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
