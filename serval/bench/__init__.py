@@ -35,6 +35,9 @@ BENCHES: dict[str, Entry] = {
     "kv-quality": Entry(
         "serval.bench.kv_quality:collect", "what caches of few bits cost in quality"
     ),
+    "snapmla": Entry(
+        "serval.bench.snapmla:collect", "FP8 latent cache: errors, quality, decode attention"
+    ),
     "train": Entry("serval.bench.train:collect", "training tokens/s against transformers.Trainer"),
     "optim": Entry("serval.bench.optim:collect", "Muon and MONA steps against torch.optim.Muon"),
     "optim-quality": Entry(
