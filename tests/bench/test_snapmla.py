@@ -36,7 +36,7 @@ def test_configurations_fail_where_the_paper_says() -> None:
         assert ours["top1"] > 0.8
         assert ours["logit_std"] == pytest.approx(2.0, rel=0.01)
     assert found["a", "rope"]["relative_l2"] > 2 * found["snapmla", "rope"]["relative_l2"]
-    assert found["b", "norms"]["relative_l2"] > 2 * found["snapmla", "norms"]["relative_l2"]
+    assert found["b", "norms"]["relative_l2"] > 1.5 * found["snapmla", "norms"]["relative_l2"]
     assert found["snapmla", "rope"]["bytes"] == 644
     assert found["a", "rope"]["bytes"] == 580
 
