@@ -25,6 +25,10 @@ Policy = Annotated[
     str | None, typer.Option(help="What the cache keeps, as in prefixkv:keep=0.2 (default: all).")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
+Layout = Annotated[str, typer.Option("--kv", help="Cache layout; see `serval methods`.")]
+TextField = Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")]
+Force = Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget an earlier run's state.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -81,7 +85,7 @@ def train(
     override: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: --set train.steps=100")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run's state.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Train a model from a recipe, resuming an interrupted run; works under torchrun too."""
     from serval.train.run import run
@@ -97,7 +101,7 @@ def tune(
     override: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: --set adapter.rank=32")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run's state.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Fine-tune a model on conversations or completions: all weights, LoRA or AFA-LoRA."""
     from serval.adapt.tune import run
@@ -112,7 +116,7 @@ def merge(
     model: Model,
     adapter: Annotated[Path, typer.Argument(help="PEFT LoRA adapter directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    force: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    force: Force = False,
 ) -> None:
     """Merge a LoRA adapter into a checkpoint's weights."""
     from serval.adapt.merging import merge_checkpoint
@@ -123,12 +127,12 @@ def merge(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    kv: Annotated[str, typer.Option(help="Cache layout; see `serval methods`.")] = "full",
+    kv: Layout = "full",
     policy: Policy = None,
     text: Annotated[
         str | None, typer.Option(help="Held-out text: a folder, file or JSONL (default: stdlib).")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
+    text_field: TextField = "text",
     text_tokens: Annotated[
         int, typer.Option(help="Tokens scored for perplexity; 0: none.")
     ] = 32768,
@@ -202,7 +206,7 @@ def inspect(
     text: Annotated[
         str | None, typer.Option(help="Text: a folder, file or JSONL (default: held-out text).")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
+    text_field: TextField = "text",
     sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 8,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of each (default: 512, or what fits).")
@@ -279,14 +283,14 @@ def compress(
     calibration: Annotated[
         str, typer.Option(help="Text (file, folder, JSONL), 'stdlib', 'self' or 'random'.")
     ] = "stdlib",
-    text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
+    text_field: TextField = "text",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the calibration samples.")] = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the method: --set damping=0.1")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    force: Force = False,
     json_path: Json = None,
 ) -> None:
     """Quantise a checkpoint's weights, block by block, into a standard checkpoint directory.
@@ -360,7 +364,7 @@ def prune(
         str | None,
         typer.Option(help="Text (file, folder, JSONL), stdlib, self, random or recipe."),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")] = "text",
+    text_field: TextField = "text",
     calibration_rows: Annotated[int, typer.Option(help="Rows that rank the units.")] = 32,
     lora_rank: Annotated[int, typer.Option(help="Rank of the updates; 0: masks only.")] = 16,
     lora_lr: Annotated[float, typer.Option(help="Learning rate of the updates.")] = 1e-3,
@@ -372,7 +376,7 @@ def prune(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the method: --set ramp=0.4")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    force: Force = False,
     json_path: Json = None,
 ) -> None:
     """Remove heads and channels, the same number in every layer, and recover by distillation.
@@ -457,7 +461,7 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(envvar="SERVAL_API_KEY", help="Require this key.")
     ] = None,
-    kv: Annotated[str, typer.Option(help="Cache layout; see `serval methods`.")] = "full",
+    kv: Layout = "full",
     policy: Policy = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     cache_bytes: Annotated[int | None, typer.Option(help="Size of the KV cache.")] = None,
@@ -541,7 +545,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    kv: Annotated[str, typer.Option(help="Cache layout; see `serval methods`.")] = "full",
+    kv: Layout = "full",
     policy: Policy = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
