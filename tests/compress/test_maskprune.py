@@ -21,6 +21,7 @@ from serval.compress.maskprune.minimax import (
     dropped,
     least_energy,
     mask_importance,
+    measured_weights,
     prox,
 )
 from serval.compress.maskprune.slicing import slice_decoder
@@ -37,7 +38,7 @@ from serval.errors import ConfigError
 from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
 from serval.optim import MixedOptimizer
-from serval.train.stream import next_token_targets
+from serval.train.stream import Targets, next_token_targets
 from serval.train.throughput import ModelFlops
 from tests.compress import toy
 
@@ -241,6 +242,48 @@ def test_units_that_do_nothing_go_first() -> None:
     for name, gone in useless.items():
         assert sorted(set(range(32)) - set(learner.masked.kept()[name])) == gone
     torch.testing.assert_close(logits(learner.masked.finish()), before, atol=1e-5, rtol=1e-5)
+
+
+def weigh(decoder: Decoder, keep: float) -> tuple[Minimax, dict[str, float]]:
+    """Text that the decoder itself finds most likely, so that whatever it loses costs."""
+    learner = minimax(decoder, keep, 8)
+    likely = logits(decoder).argmax(-1)
+    rows = [Targets(TOKENS, [25, 15], likely, torch.ones(len(TOKENS)))]
+    found = measured_weights(
+        learner.masked, rows, learner.costs, learner.levels, keep, learner.importance
+    )
+    return learner, found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("idle", ["heads", "channels"])
+def test_the_kind_that_costs_the_loss_nothing_goes_first(idle: str) -> None:
+    """All units of a kind but weakly tied to the model: first-order importance, whose mean is 1 in
+    every layer, cannot tell; the measured weight can."""
+    decoder = toy.decoder(num_key_value_heads=4, num_attention_heads=4)
+    leaf = {"heads": "o_proj", "channels": "down_proj"}[idle]
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(1e-3 if leaf in name else 3.0)
+    learner, found = weigh(decoder, 0.7)
+    masks = {kind: learner.masked.stacked(kind) for kind in learner.masked.kinds()}
+    other = "channels" if idle == "heads" else "heads"
+    assert found[idle] < 0.1 * found[other]
+    shares = {kind: learner.costs.share(kind) for kind in found}  # type: ignore[arg-type]
+    mean = sum(shares[kind] * found[kind] for kind in found) / sum(shares.values())
+    assert mean == pytest.approx(1)
+    for kind, before in masks.items():
+        assert torch.equal(learner.masked.stacked(kind), before)  # measuring leaves no trace
+    learner.weights = found  # type: ignore[assignment]
+    run_out(learner)
+    units = learner.costs.units
+    kept = {kind: learner.widths[kind] / units[kind] for kind in units}
+    assert kept[idle] < kept[other]
+
+
+def test_a_kind_of_which_nothing_may_go_weighs_as_the_others() -> None:
+    _, found = weigh(toy.decoder(num_key_value_heads=1), 0.8)
+    assert found == {"heads": pytest.approx(1), "channels": pytest.approx(1)}
 
 
 def test_a_resumed_minimax_goes_on_where_it_was() -> None:

@@ -4,7 +4,7 @@
         Loss(m, theta) + sum_{i,l} y_{i,l} S_{i,l}(ceil s_i, m) + z (R(s) - B)
 
     S_{i,l}(s, m)   sum of m^2 over the ceil(s_i) units of layer l with the least energy
-    e = (m I)^2     energy that ranks units; I: importance, mean 1 per layer
+    e = c (m I)^2   energy that ranks units; I: importance, mean 1 per layer; c: weight of the kind
     R(s)            share of the cost that N_i - ceil(s_i) units of each kind i leave
 
 s_i is one number per kind, shared by all layers; rho_i = s_i / N_i is what moves. Per step, after
@@ -20,8 +20,10 @@ stops once R <= B); kill (s fixed, y grows until the dropped masks are gone); cu
 
 The paper's text was only read in part. The recursion is that of UVC (ICLR 2022), from which the
 method descends. Decided here: fractions instead of counts, the energy's importance (masks that
-start at one have no order), normalised momentum, the phases, y that starts at 1, and that widths
-which miss the budget or an allowed multiple at the end of the ramp are settled by energy per cost.
+start at one have no order), the weight of a kind (measured: a head's first-order importance says
+little about losing half of the heads), normalised momentum, the phases, y that starts at 1, and
+that widths which miss the budget or an allowed multiple at the end of the ramp are settled by
+energy per cost.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from serval.train.stream import Targets
 # Where the multipliers start. With y at 1e-3, as in UVC, nothing resists a kind's first cut,
 # whatever it costs the loss; at 1 the first to go is what has least energy per share of the budget.
 Y_START, Z_START = 1.0, 1e-3
+FAINT = 1e-4  # nats, and energy, below which nothing is told apart
 
 
 def least_energy(energy: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -156,11 +159,52 @@ def mask_importance(masked: MaskedDecoder, batches: Sequence[Targets]) -> dict[K
     return {kind: sums / sums.mean(1, keepdim=True).clamp(min=tiny) for kind, sums in total.items()}
 
 
+@torch.no_grad()
+def measured_weights(
+    masked: MaskedDecoder,
+    batches: Sequence[Targets],
+    costs: Costs,
+    levels: Levels,
+    keep: float,
+    importance: dict[Kind, Tensor],
+) -> dict[Kind, float]:
+    """c by kind: what losing its least important units costs the loss, over their energy.
+
+    Of each kind as many units are dropped from every layer as would meet the budget alone, or as
+    many as may go. The weights are scaled so that their mean, weighted by the kinds' costs, is 1.
+    """
+    loss = LanguageModelLoss(masked.decoder).eval()
+    rows = max(1e-9, sum(float(batch.weights.sum()) for batch in batches))
+
+    def measure() -> float:
+        return sum(float(loss(batch)[1]) for batch in batches) / rows
+
+    whole, least = measure(), levels.least()
+    found: dict[Kind, float] = {}
+    for kind, units in costs.units.items():
+        alone = math.ceil(units * (1 - keep) / costs.share(kind) - 1e-6)
+        count = min(max(1, alone), units - least[kind])
+        if count <= 0:
+            continue
+        masks = masked.stacked(kind)
+        energy = importance[kind].to(masks.device).square()
+        indices, _ = least_energy(energy, count)
+        masked.write(kind, masks.scatter(1, indices, 0.0))
+        lost = measure() - whole
+        masked.write(kind, masks)
+        spent = float(energy.gather(1, indices).sum(1).mean()) / units
+        found[kind] = max(lost, FAINT) / max(spent, FAINT)
+    total = sum(costs.share(kind) for kind in found)
+    mean = sum(costs.share(kind) * weight for kind, weight in found.items()) / max(total, 1e-9)
+    return {kind: found.get(kind, mean) / mean if found else 1.0 for kind in costs.units}
+
+
 class Minimax(Callback):
     """Learns which units go and how many of each kind, and cuts them at the end of the kill phase.
 
-    importance: I by kind. widths: None until they are decided, then units kept by kind. residual:
-    largest dropped mask at the cut, as a share of the median kept one.
+    importance: I by kind; weights: c by kind (None: all 1). widths: None until they are decided,
+    then units kept by kind. residual: largest dropped mask at the cut, as a share of the median
+    kept one.
     """
 
     def __init__(
@@ -172,9 +216,11 @@ class Minimax(Callback):
         importance: dict[Kind, Tensor],
         phases: Phases,
         rates: Rates | None = None,
+        weights: dict[Kind, float] | None = None,
     ) -> None:
         self.masked, self.costs, self.levels, self.keep = masked, costs, levels, keep
         self.importance, self.phases, self.rates = importance, phases, rates or Rates()
+        self.weights = weights or dict.fromkeys(importance, 1.0)
         self.hurry = max(1.0, 200 / max(1, phases.ramp - phases.warmup))
         killing = max(1, phases.kill - phases.ramp)
         self.growth = max(self.rates.growth, self.rates.cap ** (1.5 / killing))
@@ -205,7 +251,7 @@ class Minimax(Callback):
     def energy(self, kind: Kind) -> Tensor:
         """e [layers, units]."""
         masks = self.masked.stacked(kind)
-        return (masks * self.importance[kind].to(masks.device)).square()
+        return self.weights[kind] * (masks * self.importance[kind].to(masks.device)).square()
 
     def count(self, kind: Kind) -> int:
         """Units of `kind` that go: ceil(s)."""

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from serval.compress.maskprune.masks import MaskedDecoder
-from serval.compress.maskprune.minimax import Minimax, Phases, Rates, mask_importance
+from serval.compress.maskprune.minimax import (
+    Minimax,
+    Phases,
+    Rates,
+    mask_importance,
+    measured_weights,
+)
 from serval.compress.maskprune.units import Costs, Levels, Widths, even_widths
 from serval.errors import ConfigError
 from serval.train.reporting import Callback
@@ -41,6 +47,11 @@ class Pruner(ABC):
     @abstractmethod
     def start(self, task: Task) -> Callback | None:
         """Cut `task.masked` now, or return a callback that cuts it while it is trained."""
+
+    @property
+    def recovery(self) -> float:
+        """Share of the steps that follow the cut."""
+        return 1.0
 
     def facts(self) -> dict[str, Any]:
         """What to say of the pruning afterwards, as JSON values."""
@@ -95,6 +106,10 @@ class MaskPrune(Pruner):
             )
         self.minimax: Minimax | None = None
 
+    @property
+    def recovery(self) -> float:
+        return max(0.0, 1 - self.warmup - self.ramp - self.kill)
+
     def start(self, task: Task) -> Callback | None:
         """Return the callback that learns the masks."""
         phases = Phases.of(task.steps, self.warmup, self.ramp, self.kill)
@@ -111,13 +126,23 @@ class MaskPrune(Pruner):
         with torch.enable_grad():
             importance = mask_importance(task.masked, task.batches)
         rates = Rates(self.mask_lr, self.rho_lr, self.y_lr, self.z_lr)
+        about = (task.masked, task.batches, task.costs, task.levels, task.keep, importance)
         self.minimax = Minimax(
-            task.masked, task.costs, task.levels, task.keep, importance, phases, rates
+            task.masked,
+            task.costs,
+            task.levels,
+            task.keep,
+            importance,
+            phases,
+            rates,
+            measured_weights(*about),
         )
         return self.minimax
 
     def facts(self) -> dict[str, Any]:
-        """Largest dropped mask before the cut, and the last multiplier of the budget."""
+        """Largest dropped mask before the cut, the last multiplier of the budget, the kinds'
+        weights."""
         if self.minimax is None:
             return {}
-        return {"residual": self.minimax.residual, "z": self.minimax.z}
+        learnt = self.minimax
+        return {"residual": learnt.residual, "z": learnt.z, "weights": learnt.weights}

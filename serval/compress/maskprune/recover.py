@@ -41,7 +41,7 @@ from serval.train.reporting import Callback, Metrics
 from serval.train.stream import TokenStream, next_token_targets
 
 DEFAULT_KEEP = 0.65
-_RECOVERY = 0.25  # share of the steps over which learning rates fall
+_DECAY = 0.25  # share of the recovery's steps over which learning rates fall
 
 
 @dataclass(kw_only=True)
@@ -206,7 +206,7 @@ def prune_decoder(
     losses = _Losses(pruning.steps, progress)
     if pruning.steps:
         own = [] if decoding is None else [decoding]
-        trainer = _trainer(masked, pruning, stream, directory, fingerprint, note)
+        trainer = _trainer(masked, pruning, pruner.recovery, stream, directory, fingerprint, note)
         trainer.callbacks += [*own, losses, *callbacks]
         trainer.fit()
         if trainer.interrupted and trainer.step < pruning.steps:
@@ -232,6 +232,7 @@ def prune_decoder(
 def _trainer(
     masked: MaskedDecoder,
     pruning: Pruning,
+    recovery: float,
     stream: TokenStream,
     directory: Path | None,
     fingerprint: dict[str, Any] | None,
@@ -249,7 +250,7 @@ def _trainer(
     return Trainer(
         masked.decoder,
         lambda _: _optimizer(masked, pruning),
-        WarmupStableDecay(steps, min(10, steps // 10), round(_RECOVERY * steps)),
+        WarmupStableDecay(steps, min(10, steps // 10), round(_DECAY * recovery * steps)),
         stream,
         settings,
         loss=DistillationLoss(masked, pruning.distillation),
