@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from serval.errors import CacheError
 from serval.kernels import jit, pages
 from serval.kernels.oscar import reference
-from serval.kernels.oscar.format import GROUP, QuantizedKV, bytes_per_token, shapes
+from serval.kernels.oscar.format import GROUP, ZEROS, QuantizedKV, bytes_per_token, shapes
 
 __all__ = [
     "GROUP",
@@ -51,7 +52,7 @@ def _format(fmt: QuantizedKV, per_block: int, blocks: int) -> ctypes.Array[ctype
     """`Format` of record.h."""
     numbers = (
         fmt.num_key_value_heads, fmt.head_dim, fmt.v_head_dim, fmt.key_bits, fmt.value_bits,
-        fmt.zero == "min", fmt.keys == "token", fmt.norms,
+        ZEROS.index(fmt.zero), fmt.keys == "token", fmt.norms,
         *fmt.offsets, fmt.record_bytes, per_block, blocks,
     )  # fmt: skip
     return (ctypes.c_int64 * len(numbers))(*numbers)
@@ -62,6 +63,17 @@ def _pointers(fmt: QuantizedKV, storage: list[Tensor]) -> tuple[int, int, int, i
     made = _format(fmt, storage[0].shape[2], storage[0].shape[0])
     norms = storage[2].data_ptr() if fmt.norms else None
     return ctypes.addressof(made), storage[0].data_ptr(), storage[1].data_ptr(), norms
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The Triton implementations, or None without Triton; imported late, as Triton is slow to
+    load."""
+    try:
+        from serval.kernels.oscar import gpu
+    except ImportError:
+        return None
+    return gpu
 
 
 def _function(
@@ -130,8 +142,12 @@ def store(fmt: QuantizedKV, k: Tensor, v: Tensor, block_ids: Tensor, storage: li
     size = storage[0].shape[2] * GROUP
     _check_rows(fmt, k, v, block_ids, size)
     _check_blocks(block_ids, storage)
+    gpu = triton_kernels() if k.is_cuda else None
+    if gpu is not None and gpu.covers(fmt):
+        gpu.store(fmt, k, v, block_ids, storage)
+        return
     function = _function(_STORE, fmt, storage, k, v, block_ids)
-    if function is None or fmt.zero == "symmetric":
+    if function is None:
         reference.store(fmt, k, v, block_ids, storage)
         return
     k, v, ids = _dense(k), _dense(v), _dense(block_ids, torch.int32)
@@ -216,6 +232,12 @@ def attend(
         few = True
     else:
         few = int((query_starts[1:] - query_starts[:-1]).max()) <= FEW if len(stored) else True
+    gpu = triton_kernels() if few and q.is_cuda else None
+    if gpu is not None:
+        return gpu.attend(
+            fmt, q, storage, block_tables, stored, residual_k, residual_v, states, lengths, scale,
+            sinks, query_starts,
+        )  # fmt: skip
     tensors = [x for x in (q, residual_k, residual_v, states, block_tables) if x is not None]
     function = _function(_ATTEND, fmt, storage, *tensors) if few else None
     if function is None:

@@ -181,10 +181,12 @@ static int attend_packed(const Call& c, const float* q, float scale, int threads
   parallel_tasks(parts.size(), 1, work < 1000000 ? 1 : threads, [&](int64_t i) {
     const Part& t = parts[i];
     const int64_t rows = (c.starts[t.sequence + 1] - c.starts[t.sequence]) * group, base = c.starts[t.sequence] * c.heads;
-    if (t.exact) run_exact(c, t, queries, base, rows, partials);
-    else if (f.k_dim == 128 && f.v_dim == 128) run_packed<128>(c, t, queries, base, rows, partials);
-    else if (f.k_dim == 64 && f.v_dim == 64) run_packed<64>(c, t, queries, base, rows, partials);
-    else run_packed<0>(c, t, queries, base, rows, partials);
+    if (t.exact) return run_exact(c, t, queries, base, rows, partials);
+#if SERVAL_AVX512 || SERVAL_AVX2
+    if (f.k_dim == 128 && f.v_dim == 128) return run_packed<128>(c, t, queries, base, rows, partials);
+    if (f.k_dim == 64 && f.v_dim == 64) return run_packed<64>(c, t, queries, base, rows, partials);
+#endif
+    run_packed<0>(c, t, queries, base, rows, partials);
   });
   const int64_t total = c.sequences ? c.starts[c.sequences] * c.heads : 0;
   parallel_for(total, partial * f.v_dim < 1000000 ? 1 : threads, [&](int64_t begin, int64_t end) {

@@ -160,25 +160,24 @@ static INLINE void products(const Lines& lines, const uint8_t* factors, int64_t 
 }
 
 #else
+// One function for all cases: unrolled for each it would take compilers minutes.
+__attribute__((noinline)) static void plain_products(int rows, int bits, bool keys, const Lines& lines, const uint8_t* factors,
+                                                     int64_t row, int32_t* out) {
+  const int words = 4 / bits, mask = (1 << bits) - 1;
+  memset(out, 0, rows * GROUP * sizeof(int32_t));
+  for (int64_t piece = 0; piece < lines.pieces; piece++)
+    for (int64_t i = 0; i < lines.count; i++, factors += 4 * words)
+      for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 2 * words; j++)  // planes
+          for (int b = 0; b < 64; b++) {
+            const uint8_t factor = factors[r * row + j / 2 * 4 + b % 4];
+            const int code = lines.at[piece][i * LINE + b] >> (bits * j) & mask;
+            out[r * GROUP + 16 * (j % 2) + b / 4] += code * (keys ? (int)(int8_t)factor : (int)factor);
+          }
+}
 template <int R, int BITS, bool KEYS>
 static INLINE void products(const Lines& lines, const uint8_t* factors, int64_t row, int32_t* out) {
-  constexpr int P = BITS == 2 ? 2 : 1, MASK = (1 << BITS) - 1;
-  memset(out, 0, R * GROUP * sizeof(int32_t));
-  for (int64_t piece = 0; piece < lines.pieces; piece++)
-    for (int64_t i = 0; i < lines.count; i++, factors += 4 * P) {
-      const uint8_t* at = lines.at[piece] + i * LINE;
-      for (int r = 0; r < R; r++)
-        for (int j = 0; j < P; j++)
-          for (int t = 0; t < 2; t++)
-            for (int lane = 0; lane < 16; lane++) {
-              int32_t total = 0;
-              for (int b = 0; b < 4; b++) {
-                const uint8_t factor = factors[r * row + 4 * j + b];
-                total += ((at[4 * lane + b] >> (BITS * (2 * j + t))) & MASK) * (KEYS ? (int)(int8_t)factor : (int)factor);
-              }
-              out[r * GROUP + 16 * t + lane] += total;
-            }
-    }
+  plain_products(R, BITS, KEYS, lines, factors, row, out);
 }
 #endif
 
@@ -214,21 +213,26 @@ template <bool KEYS> static INLINE void fold(const int16_t* a, Fractions s, uint
   total = _mm256_add_epi16(total, _mm256_add_epi16(x, y));
 }
 #else
-typedef vi Totals;
-static INLINE Totals no_totals() { return vi{}; }
-static INLINE vi widen(Totals t) { return t; }
+typedef int32_t Totals;
+static INLINE Totals no_totals() { return 0; }
+static INLINE vi widen(Totals t) { vi v = {}; v[0] = t; return v; }
 struct Fractions { int16_t v[32]; };
 static INLINE int16_t fraction(int32_t a, int32_t s) { return (int16_t)((a * s + (1 << 14)) >> 15); }
-static INLINE Fractions fractions(const int16_t* s, int shift) {
+static Fractions fractions(const int16_t* s, int shift) {
   Fractions f;
   for (int i = 0; i < 32; i++) f.v[i] = fraction(s[i], 1 << (15 - shift));
   return f;
 }
-template <bool KEYS> static INLINE void fold(const int16_t* a, Fractions s, uint8_t* out, Totals& total) {
+__attribute__((noinline)) static Totals plain_fold(const int16_t* a, const Fractions& s, uint8_t* out) {
+  Totals total = 0;
   for (int i = 0; i < 32; i++) {
     const int16_t x = fraction(a[i], s.v[i]);
     out[i] = (uint8_t)x;
-    total[i % W] += x;
+    total += x;
   }
+  return total;
+}
+template <bool KEYS> static INLINE void fold(const int16_t* a, const Fractions& s, uint8_t* out, Totals& total) {
+  total += plain_fold(a, s, out);
 }
 #endif

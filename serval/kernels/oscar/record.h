@@ -9,7 +9,7 @@ constexpr int64_t GROUP = 32, LINE = 64, MAX_DIM = 512;
 
 // In the order in which Python passes it.
 struct Format {
-  int64_t heads, k_dim, v_dim, k_bits, v_bits, zero_min, by_token, norms;
+  int64_t heads, k_dim, v_dim, k_bits, v_bits, zero, by_token, norms;
   int64_t k_codes, k_scale, k_mid, v_codes, v_scale, v_mid, bytes;  // offsets in a record, its size
   int64_t per_block, blocks;                                        // records per head of a block
 
@@ -20,6 +20,8 @@ struct Format {
     return table[index / per_block] * heads * per_block + index % per_block;
   }
 };
+
+enum Zero { INTEGER, SMALLEST, SYMMETRIC };  // rules of zero points, reference.py
 
 struct Storage { uint8_t *records, *exponents; float* norms; };
 

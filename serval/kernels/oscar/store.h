@@ -26,10 +26,14 @@ struct Packer {
 static thread_local Packer packer;
 
 // `count` groups, a multiple of W.
-static uint8_t parameters(Groups& g, int64_t count, int64_t bits, bool zero_min, int16_t* scale, fp16* middle) {
+static uint8_t parameters(Groups& g, int64_t count, int64_t bits, int64_t zero, int16_t* scale, fp16* middle) {
   const float levels = (float)((1 << bits) - 1), centre = levels * 0.5f;
+  auto farthest = [&](int64_t i) { const vf high = load(g.high + i), low = load(g.low + i); return high >= -low ? high : low; };
+  auto ideal = [&](int64_t i) {
+    return zero == SYMMETRIC ? vabs(farthest(i)) / (centre + 0.5f) : (load(g.high + i) - load(g.low + i)) / levels;
+  };
   vf most = {};
-  for (int64_t i = 0; i < count; i += W) most = vmax(most, (load(g.high + i) - load(g.low + i)) / levels);
+  for (int64_t i = 0; i < count; i += W) most = vmax(most, ideal(i));
   const float top = max_lane(most);
   int exponent = 0;
   if (top > 0) std::frexp(top, &exponent);
@@ -37,11 +41,12 @@ static uint8_t parameters(Groups& g, int64_t count, int64_t bits, bool zero_min,
   const float unit = power_of_two(exponent), per_unit = 1.0f / unit;
   for (int64_t i = 0; i < count; i += W) {
     const vf high = load(g.high + i), low = load(g.low + i);
-    const vf n = vround((high - low) / levels * per_unit), s = n * unit;
+    const vf n = vround(ideal(i) * per_unit), s = n * unit;
     const vi some = s > 0.0f;
     const vf safe = some ? s : splat(1.0f);
     vf m;
-    if (zero_min) m = low + rounded(s * centre);
+    if (zero == SMALLEST) m = low + rounded(s * centre);
+    else if (zero == SYMMETRIC) m = farthest(i) > 0.0f ? s * 0.5f : s * -0.5f;
     else m = s * (centre - vround(-low / safe));
     m = some ? m : (high + low) * 0.5f;
     store(middle + i, m);
@@ -65,7 +70,7 @@ static INLINE void make_codes(vf x, vf lowest, vf inverse, float levels, uint8_t
 }
 
 // Rows x [32][dim] quantised in groups of channels; codes to [32][width]. Parameters lie [group][token].
-static uint8_t by_token(Packer& p, int64_t dim, int64_t width, int64_t bits, bool zero_min, int16_t* scale, fp16* middle) {
+static uint8_t by_token(Packer& p, int64_t dim, int64_t width, int64_t bits, int64_t zero, int16_t* scale, fp16* middle) {
   const int64_t groups = width / GROUP;
   Groups& g = p.groups;
   for (int64_t t = 0; t < GROUP; t++)
@@ -76,7 +81,7 @@ static uint8_t by_token(Packer& p, int64_t dim, int64_t width, int64_t bits, boo
       for (int64_t d = W; d < n; d += W) high = vmax(high, load(x + d)), low = vmin(low, load(x + d));
       g.high[k * GROUP + t] = max_lane(high), g.low[k * GROUP + t] = -max_lane(-low);
     }
-  const uint8_t exponent = parameters(g, groups * GROUP, bits, zero_min, scale, middle);
+  const uint8_t exponent = parameters(g, groups * GROUP, bits, zero, scale, middle);
   const float levels = (float)((1 << bits) - 1);
   memset(p.codes, 0, GROUP * width);
   for (int64_t t = 0; t < GROUP; t++)
@@ -87,14 +92,14 @@ static uint8_t by_token(Packer& p, int64_t dim, int64_t width, int64_t bits, boo
   return exponent;
 }
 
-static uint8_t by_channel(Packer& p, int64_t dim, int64_t bits, bool zero_min, int16_t* scale, fp16* middle) {
+static uint8_t by_channel(Packer& p, int64_t dim, int64_t bits, int64_t zero, int16_t* scale, fp16* middle) {
   Groups& g = p.groups;
   for (int64_t d = 0; d < dim; d += W) {
     vf high = load(p.x + d), low = high;
     for (int64_t t = 1; t < GROUP; t++) high = vmax(high, load(p.x + t * dim + d)), low = vmin(low, load(p.x + t * dim + d));
     store(g.high + d, high), store(g.low + d, low);
   }
-  const uint8_t exponent = parameters(g, dim, bits, zero_min, scale, middle);
+  const uint8_t exponent = parameters(g, dim, bits, zero, scale, middle);
   const float levels = (float)((1 << bits) - 1);
   for (int64_t t = 0; t < GROUP; t++)
     for (int64_t d = 0; d < dim; d += W)
@@ -164,15 +169,15 @@ static void store_record(const Format& f, const float* k, const float* v, int64_
     int64_t width = f.k_dim;
     if (f.by_token) {
       width = f.k_groups() * GROUP;
-      exponents[0] = by_token(p, f.k_dim, width, f.k_bits, f.zero_min, (int16_t*)(to + f.k_scale), (fp16*)(to + f.k_mid));
+      exponents[0] = by_token(p, f.k_dim, width, f.k_bits, f.zero, (int16_t*)(to + f.k_scale), (fp16*)(to + f.k_mid));
       if (width != f.k_dim) for (int64_t t = 1; t < GROUP; t++) memmove(p.codes + t * f.k_dim, p.codes + t * width, f.k_dim);
     } else {
-      exponents[0] = by_channel(p, f.k_dim, f.k_bits, f.zero_min, (int16_t*)(to + f.k_scale), (fp16*)(to + f.k_mid));
+      exponents[0] = by_channel(p, f.k_dim, f.k_bits, f.zero, (int16_t*)(to + f.k_scale), (fp16*)(to + f.k_mid));
     }
     pack_keys(p.codes, f.k_dim, f.k_bits, to + f.k_codes);
     for (int64_t t = 0; t < GROUP; t++) memcpy(p.x + t * f.v_dim, v + (first + t) * v_row + h * f.v_dim, f.v_dim * sizeof(float));
     width = f.v_groups() * GROUP;
-    exponents[1] = by_token(p, f.v_dim, width, f.v_bits, f.zero_min, (int16_t*)(to + f.v_scale), (fp16*)(to + f.v_mid));
+    exponents[1] = by_token(p, f.v_dim, width, f.v_bits, f.zero, (int16_t*)(to + f.v_scale), (fp16*)(to + f.v_mid));
     pack_values(p.codes, width, f.v_bits, to + f.v_codes);
   }
 }
