@@ -1,11 +1,19 @@
 """Decode attention of one layer at the Llama-3.1-8B shape, per cache layout, against torch's scaled
-dot-product attention.
+dot-product attention, and caches of few bits against 16 bits and llama.cpp.
 
-Every layout of the registry that can hold the layer is measured, reading `context` random tokens
-per sequence from its paged storage. The peer reads keys and values that lie contiguously, float32
-for `full` and bfloat16 for the smaller layouts, with the query heads of a key-value head as rows
-of one product, so that it need not repeat keys. A measured unit is one call. Floor: the layout's
-bytes, read once, at the read bandwidth measured just before and after (the larger).
+Every case reads `context` random tokens per sequence as stored by its contestant, and MORE further
+ones: a layout that keeps its last tokens exact then holds half a window of them. A measured unit is
+one step of one token per sequence: its key and value are stored and attended to, with all that the
+layout does online (rotation). Layers are taken in turn, as many as make each contestant's data
+larger than any cache of the processor, so that every step reads memory.
+
+Peers: torch SDPA on contiguous keys and values, float32 for `full` and bfloat16 for smaller
+layouts, with the query heads of a key-value head as rows of one product; ggml's flash attention,
+as llama.cpp calls it, with f16 and q4_0 keys and values; and for few bits our own `fp16` layout.
+Floor: the layout's bytes, read once, at the read bandwidth measured just before and after (the
+larger); for few bits also the share of the 8-bit dot products that registers alone would do.
+
+Then `oscar` against `full` end to end: decoding at the Llama-3.2-1B shape, see kv_engine.py.
 """
 
 from __future__ import annotations
@@ -13,117 +21,188 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serval.bench import kv_engine
+from serval.bench.ggml_attention import GGML_BYTES, ggml_reader
 from serval.bench.harness import Case, Contestant, Outcome, Sample, Setup, compare, paired_rounds
 from serval.bench.machine import memory_bytes
-from serval.cache.layouts import LAYOUTS
+from serval.cache.layouts import layout_class
 from serval.cache.layouts.base import CacheView, Layout
-from serval.errors import CacheError
-from serval.kernels.bandwidth import measure_read_bandwidth
+from serval.kernels.bandwidth import int4_roof, measure_read_bandwidth
 from serval.models.attention import AttentionSpec
-from serval.registry import resolve
 
 LLAMA_8B = AttentionSpec("gqa", 32, 8, 128, 128)
 TINY = AttentionSpec("gqa", 4, 2, 32, 32)
 BLOCK = 32
 CHUNK = 4096  # tokens stored at a time
+MORE = 64  # tokens beyond the context
+COLD = 256 << 20  # bytes of each contestant's layers together
 SECONDS = 0.1  # of one contestant's share of a round
 RESERVE = 2**30  # bytes of memory left to others
 EXACT = "full"  # compared with float32, the others with bfloat16
 
+LAYOUTS = {  # by the word that case names begin with
+    "full": "full",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "int8": "int8",
+    "oscar": "oscar",
+    "oscar-int4": "oscar:bits=4",
+    "kivi": "kivi",
+    "int2": "int2",
+    "int4": "int4",
+}
+FEW_BITS = ("oscar", "oscar-int4", "kivi", "int2", "int4")
+PEERS = {"fp16": "fp16", "llama.cpp-f16": "f16", "llama.cpp-q4_0": "q4_0"}  # of "oscar"
+
+Read = Callable[[], Tensor]
+
+
+@dataclass
+class Work:
+    """What is measured: `batch` sequences of `context` tokens of a layer `spec`."""
+
+    spec: AttentionSpec
+    batch: int
+    context: int
+    quick: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of one sequence, the measured one included."""
+        return self.context + MORE
+
+    def layers(self, per_token: float) -> int:
+        """Layers that together are too large for the processor's caches."""
+        return 1 if self.quick else max(1, round(COLD / (per_token * self.batch * self.tokens)))
+
+    def bytes_read(self, kind: type[Layout]) -> float:
+        """By one step in one layer."""
+        packed = kind.in_blocks(self.tokens)
+        width = self.spec.num_key_value_heads * (self.spec.head_dim + self.spec.v_head_dim)
+        stored = packed * kind.bytes_per_token(self.spec, torch.float32)
+        return self.batch * (stored + 4 * width * (self.tokens - packed))
+
 
 def collect(setup: Setup) -> list[Case]:
-    """All cases: each layout, batch 1 and 4, contexts of 8K, 32K and 128K tokens."""
+    """All cases: each layout, batch 1 and 4, contexts of 8K, 32K and 128K tokens; then decoding of
+    a whole model at 32K."""
     spec, shape, rounds = LLAMA_8B, "llama-8b", 5
     contexts: tuple[int, ...] = (8192, 32768, 131072)
     if setup.quick:
-        spec, shape, contexts, rounds = TINY, "tiny", (96,), 1
-    kinds = layouts_for(spec)
+        spec, shape, contexts, rounds = TINY, "tiny", (128,), 1
     cases: list[Case] = []
     for context in contexts:
         for batch in (1, 4):
-            names = {kv: f"{kv}-{shape}-attention-batch{batch}-ctx{context}" for kv in kinds}
-            wanted = [kv for kv in kinds if setup.wants(names[kv])]
-            groups = {
-                torch.float32: [kv for kv in wanted if kv == EXACT],
-                torch.bfloat16: [kv for kv in wanted if kv != EXACT],
+            work, end = Work(spec, batch, context, setup.quick), f"batch{batch}-ctx{context}"
+            names = {word: f"{word}-{shape}-attention-{end}" for word in LAYOUTS}
+            names |= {
+                f"oscar-against-{peer}": f"oscar-against-{peer}-{shape}-{end}" for peer in PEERS
             }
-            for dtype, group in groups.items():
+            wanted = {word: name for word, name in names.items() if setup.wants(name)}
+            for dtype in (torch.float32, torch.bfloat16):
+                exact = dtype == torch.float32
+                group = {w: name for w, name in wanted.items() if (w == EXACT) == exact}
                 if group:
-                    setup.note(", ".join(names[kv] for kv in group))
-                    chosen = {kv: kinds[kv] for kv in group}
-                    cases += _measure(setup, names, chosen, dtype, spec, batch, context, rounds)
-    return cases
-
-
-def layouts_for(spec: AttentionSpec) -> dict[str, type[Layout]]:
-    """The registered layouts that can hold such a layer, by name."""
-    found: dict[str, type[Layout]] = {}
-    for name in LAYOUTS:
-        kind: type[Layout] = resolve(LAYOUTS, name, "cache layout")
-        try:
-            kind.check(spec)
-        except CacheError:
-            continue
-        found[name] = kind
-    return found
+                    setup.note(", ".join(group.values()))
+                    cases += _measure(setup, group, dtype, work, rounds)
+    return cases + kv_engine.collect(setup)
 
 
 def _measure(
-    setup: Setup,
-    names: dict[str, str],
-    kinds: dict[str, type[Layout]],
-    dtype: torch.dtype,
-    spec: AttentionSpec,
-    batch: int,
-    context: int,
-    rounds: int,
+    setup: Setup, names: dict[str, str], dtype: torch.dtype, work: Work, rounds: int
 ) -> list[Case]:
-    """The cases of layouts that share a peer of `dtype`."""
+    """The cases of contestants that share a peer of `dtype`; names: by word."""
     label = f"torch SDPA {str(dtype).removeprefix('torch.')}"
-    tokens = batch * context
-    per_token = {kv: kind.bytes_per_token(spec, torch.float32) for kv, kind in kinds.items()}
-    width = spec.num_key_value_heads * (spec.head_dim + spec.v_head_dim)
-    needed = tokens * (sum(per_token.values()) + width * dtype.itemsize) + RESERVE
+    against = [word.removeprefix("oscar-against-") for word in names if "-against-" in word]
+    words = [word for word in LAYOUTS if word in names]
+    words += [word for word in ("oscar", "fp16") if against and word not in words]
+    kinds = {word: layout_class(LAYOUTS[word]) for word in words}
+    per_token: dict[str, float] = {
+        word: kind.bytes_per_token(work.spec, torch.float32) for word, kind in kinds.items()
+    }
+    width = work.spec.num_key_value_heads * (work.spec.head_dim + work.spec.v_head_dim)
+    per_token[label] = float(width * dtype.itemsize)
+    for peer in against:
+        if peer != "fp16":
+            per_token[peer] = width * GGML_BYTES[PEERS[peer]]
+    sizes = [x * work.batch * work.tokens * work.layers(x) for x in per_token.values()]
+    needed = sum(sizes) + RESERVE
     if needed > memory_bytes():
         why = (
             f"does not fit in memory: {needed / 2**30:.1f} GiB are needed, "
             f"{memory_bytes() / 2**30:.1f} GiB are free"
         )
         setup.note(f"  {why}")
-        return [Case(names[kv], None, label, failed=why) for kv in kinds]
+        return [Case(name, None, label, failed=why) for name in names.values()]
     torch.manual_seed(0)
-    q = torch.randn(batch, spec.num_heads, spec.head_dim)
-    readers = {kv: paged_reader(kind, spec, q, context) for kv, kind in kinds.items()}
-    readers[label] = contiguous_reader(spec, q, context, dtype)
+    q = torch.randn(work.batch, work.spec.num_heads, work.spec.head_dim)
+    makers: dict[str, Callable[[], Read]] = {
+        word: functools.partial(paged_reader, kind, work, q) for word, kind in kinds.items()
+    }
+    makers[label] = functools.partial(contiguous_reader, work, q, dtype)
+    for peer in against:
+        if peer != "fp16":
+            fill = functools.partial(tokens_at, work.spec)
+            layers = work.layers(per_token[peer])
+            makers[peer] = functools.partial(
+                ggml_reader, work.spec, q, work.tokens, PEERS[peer], fill, layers
+            )
     before = 0.0 if setup.quick else measure_read_bandwidth(torch.get_num_threads())
     outcomes = paired_rounds(
-        [Contestant(name, timed(read)) for name, read in readers.items()], rounds, setup.note
+        [Contestant(name, timed(lazily(make))) for name, make in makers.items()], rounds, setup.note
     )
     bandwidth = None
     if not setup.quick:
         bandwidth = max(before, measure_read_bandwidth(torch.get_num_threads()))
-    return [
-        _case(names[kv], outcomes[kv], outcomes[label], per_token[kv], tokens, bandwidth)
-        for kv in kinds
-    ]
+    cases = []
+    for word, name in names.items():
+        ours = "oscar" if "-against-" in word else word
+        other = outcomes[word.partition("-against-")[2] or label]
+        cases.append(_case(name, ours, kinds[ours], outcomes[ours], other, work, bandwidth))
+    return cases
 
 
 def _case(
-    name: str, ours: Outcome, peer: Outcome, per_token: float, tokens: int, bandwidth: float | None
+    name: str,
+    word: str,
+    kind: type[Layout],
+    ours: Outcome,
+    peer: Outcome,
+    work: Work,
+    bandwidth: float | None,
 ) -> Case:
-    metrics: dict[str, float] = {"bytes_per_token": per_token}
+    spec, read = work.spec, work.bytes_read(kind)
+    metrics: dict[str, float] = {"bytes_per_token": kind.bytes_per_token(spec, torch.float32)}
     floor = None
     if bandwidth is not None:
         metrics["read_gb_per_s"] = bandwidth
-        floor = per_token * tokens / (bandwidth * 1e9)
+        floor = read / (bandwidth * 1e9)
     if ours.samples:
-        metrics["gb_per_s"] = per_token * tokens / ours.seconds / 1e9
+        metrics["gb_per_s"] = read / ours.seconds / 1e9
+        if word in FEW_BITS and bandwidth is not None:
+            products = spec.num_heads * (spec.head_dim + spec.v_head_dim)
+            rate = 2 * products * work.batch * kind.in_blocks(work.tokens) / ours.seconds / 1e9
+            metrics["gop_per_s"] = rate
+            metrics["fraction_of_integer_roof"] = rate / int4_roof()
     return compare(name, ours, peer, floor_seconds=floor, metrics=metrics)
+
+
+def lazily(make: Callable[[], Read]) -> Read:
+    """Calls what `make` returns; it is made at the first call."""
+    made: list[Read] = []
+
+    def read() -> Tensor:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return read
 
 
 def timed(read: Callable[[], object]) -> Callable[[], Sample]:
@@ -152,59 +231,81 @@ def random_tokens(spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 
 def tokens_at(spec: AttentionSpec, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Keys [count, Hkv, D] and values [count, Hkv, Dv] of tokens first..; the same for every
-    contestant. Speed does not depend on them, so they repeat, shifted, after each chunk."""
+    """Keys [count, Hkv, D] and values [count, Hkv, Dv] of tokens first.., at most CHUNK of them;
+    the same for every contestant. Speed does not depend on them, so they repeat, shifted."""
     shift = first // CHUNK * 7 % 1000
     k, v = random_tokens(spec)
     return k[shift : shift + count], v[shift : shift + count]
 
 
-def paged_reader(
-    kind: type[Layout], spec: AttentionSpec, q: Tensor, context: int
-) -> Callable[[], Tensor]:
-    """Attention of q [N, H, D] over N sequences of `context` tokens stored in the layout."""
-    batch, device = q.shape[0], torch.device("cpu")
-    width = -(-context // BLOCK)
-    layout = kind([spec], batch * width, BLOCK, torch.float32, device)
+def paged_reader(kind: type[Layout], work: Work, q: Tensor) -> Read:
+    """Steps of q [N, H, D] over N sequences stored in the layout, layer after layer."""
+    spec, batch, device = work.spec, work.batch, torch.device("cpu")
+    layers = work.layers(kind.bytes_per_token(spec, torch.float32))
+    width = -(-work.tokens // BLOCK)
+    layout = kind([spec] * layers, batch * width, BLOCK, torch.float32, device, num_states=batch)
     tables = torch.arange(batch * width, dtype=torch.int32).view(batch, width)
 
-    def view(first: int, count: int, sequences: slice) -> CacheView:
-        chosen = tables[sequences]
-        place = torch.arange(first, first + count)
-        slots = chosen[:, place // BLOCK].long() * BLOCK + place % BLOCK
-        lengths, queries = [first + count] * len(chosen), [count] * len(chosen)
-        starts = torch.arange(len(chosen) + 1, dtype=torch.int32) * count
+    def view(first: int, count: int, chosen: slice) -> CacheView:
+        place, table = torch.arange(first, first + count), tables[chosen]
+        slots = table[:, place // BLOCK].long() * BLOCK + place % BLOCK
+        lengths, queries = [first + count] * len(table), [count] * len(table)
+        starts = torch.arange(len(table) + 1, dtype=torch.int32) * count
         lens = torch.tensor(lengths, dtype=torch.int32)
-        return CacheView(slots.flatten(), chosen, lens, starts, lengths, queries)
+        states = torch.arange(batch, dtype=torch.int32)[chosen]
+        return CacheView(slots.flatten(), table, lens, starts, lengths, queries, states)
 
-    for sequence in range(batch):
-        for first in range(0, context, CHUNK):
-            count = min(CHUNK, context - first)
-            k, v = tokens_at(spec, sequence * context + first, count)
-            layout.write(0, view(first, count, slice(sequence, sequence + 1)), k, v)
-    last = view(context - 1, 1, slice(None))
-    scale = spec.head_dim**-0.5
-    return lambda: layout.attend(0, last, q, scale, None, None)
+    write = layout.fill if layout.delayed else layout.write
+    past = work.tokens - 1
+    for n in range(batch):
+        for first in range(0, past, CHUNK):
+            count = min(CHUNK, past - first)
+            k, v = tokens_at(spec, n * work.context + first, count)
+            write(0, view(first, count, slice(n, n + 1)), k, v)
+    for tensors in (layout.storage, layout.states):
+        for layer in tensors[1:]:
+            for copy, original in zip(layer, tensors[0], strict=True):
+                copy.copy_(original)
+    last, scale, turn = view(past, 1, slice(None)), spec.head_dim**-0.5, Layers(layers)
+    new = [tokens_at(spec, n * work.context, CHUNK) for n in range(batch)]
+    k, v = (torch.cat([each[i][past % CHUNK][None] for each in new]) for i in range(2))
+    return lambda: layout.step(next(turn), last, q, k, v, scale, None, None)
 
 
-def contiguous_reader(
-    spec: AttentionSpec, q: Tensor, context: int, dtype: torch.dtype
-) -> Callable[[], Tensor]:
+class Layers:
+    """Layers in turn."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.at = count, -1
+
+    def __next__(self) -> int:
+        self.at = (self.at + 1) % self.count
+        return self.at
+
+
+def contiguous_reader(work: Work, q: Tensor, dtype: torch.dtype) -> Read:
     """torch's attention of q [N, H, D] over the same tokens, contiguous per head; [N, H, Dv]."""
-    batch, heads = q.shape[0], spec.num_key_value_heads
-    keys = torch.empty(batch, heads, context, spec.head_dim, dtype=dtype)
-    values = torch.empty(batch, heads, context, spec.v_head_dim, dtype=dtype)
-    for sequence in range(batch):
-        for first in range(0, context, CHUNK):
-            count = min(CHUNK, context - first)
-            k, v = tokens_at(spec, sequence * context + first, count)
-            keys[sequence, :, first : first + count] = k.transpose(0, 1)
-            values[sequence, :, first : first + count] = v.transpose(0, 1)
+    spec, batch, heads = work.spec, work.batch, work.spec.num_key_value_heads
+    shape = (batch, heads, work.tokens)
+    layers = work.layers(heads * (spec.head_dim + spec.v_head_dim) * dtype.itemsize)
+    keys = torch.empty(layers, *shape, spec.head_dim, dtype=dtype)
+    values = torch.empty(layers, *shape, spec.v_head_dim, dtype=dtype)
+    past = work.tokens - 1
+    for n in range(batch):
+        for first in range(0, past, CHUNK):
+            count = min(CHUNK, past - first)
+            k, v = tokens_at(spec, n * work.context + first, count)
+            keys[:, n, :, first : first + count] = k.transpose(0, 1)
+            values[:, n, :, first : first + count] = v.transpose(0, 1)
+        k, v = tokens_at(spec, n * work.context, CHUNK)
+        keys[:, n, :, past], values[:, n, :, past] = k[past % CHUNK], v[past % CHUNK]
     rows = q.to(dtype).view(batch, heads, -1, spec.head_dim)
-    scale = spec.head_dim**-0.5
+    scale, turn = spec.head_dim**-0.5, Layers(layers)
 
     def read() -> Tensor:
+        i = next(turn)
         with torch.inference_mode():
-            return F.scaled_dot_product_attention(rows, keys, values, scale=scale).flatten(1, 2)
+            out = F.scaled_dot_product_attention(rows, keys[i], values[i], scale=scale)
+        return out.flatten(1, 2)
 
     return read

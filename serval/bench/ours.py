@@ -11,6 +11,7 @@ from torch import Tensor
 
 from serval.bench.peers import Stopwatch, random_tokens
 from serval.bench.shapes import SHAPES, fill_parameters, fill_tensor, random_block
+from serval.cache.layouts.base import CacheView, Layout
 from serval.cache.memory import cache_budget
 from serval.compress.compressed_tensors import quantization_config_of
 from serval.compress.install import install
@@ -79,6 +80,9 @@ class ServalEngine:
         """Caches of random keys and values; no prompt is computed."""
         llm = self._open(batch, context + room + 1)
         for layout in llm.engine.memory.layouts:
+            if layout.delayed:
+                _store_random(layout)
+                continue
             for tensors in layout.storage:
                 for tensor in tensors:
                     _randomise(tensor)
@@ -152,6 +156,25 @@ def random_weight(rows: int, columns: int, scheme: WeightScheme) -> QuantizedWei
         made.integer = torch.full((rows, groups), 256, dtype=torch.int16)
         made.row_factor = torch.full((rows,), scale / 256)
     return made
+
+
+def _store_random(layout: Layout, piece: int = 4096) -> None:
+    """Fill every block of a layout whose bytes mean something together, by storing tokens."""
+    tokens = layout.num_blocks * layout.block_size
+    table = torch.arange(layout.num_blocks, dtype=torch.int32)[None]
+    state = torch.zeros(1, dtype=torch.int32)
+    for slot, spec in enumerate(layout.specs):
+        k = torch.randn(piece, spec.num_key_value_heads, spec.head_dim)
+        v = torch.randn(piece, spec.num_key_value_heads, spec.v_head_dim)
+        for first in range(0, tokens, piece):
+            count = min(piece, tokens - first)
+            lens = torch.tensor([first + count], dtype=torch.int32)
+            starts = torch.tensor([0, count], dtype=torch.int32)
+            view = CacheView(
+                torch.empty(0, dtype=torch.int64), table, lens, starts, [first + count], [count],
+                state,
+            )  # fmt: skip
+            layout.fill(slot, view, k[:count], v[:count])
 
 
 def _randomise(tensor: Tensor) -> None:
