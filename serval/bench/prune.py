@@ -41,6 +41,7 @@ EVEN, LONG = "taylor-even", "taylor-long"
 ONE_SHOT = ("taylor", LONG, "wanda", "magnitude", "uniform", "random")
 METHODS = ("maskprune", *ONE_SHOT, EVEN)
 PHASES = {"warmup": 0.1, "ramp": 0.3, "kill": 0.2}
+REVISION = 2  # of the methods: results kept by an earlier one are computed again
 RECOVERY = 1 - sum(PHASES.values())  # share of MaskPrune's steps
 
 
@@ -146,7 +147,7 @@ class Bench:
     def _path(self, name: str, pruning: dict[str, Any]) -> Path:
         weights = (self.source / "model.safetensors").stat()
         facts = [pruning, asdict(self.size), asdict(self.effort), weights.st_size]
-        facts += [serval.__version__, torch.get_num_threads()]
+        facts += [serval.__version__, torch.get_num_threads(), REVISION]
         return kept_path("prune", name, facts)
 
 
