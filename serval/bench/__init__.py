@@ -59,6 +59,9 @@ BENCHES: dict[str, Entry] = {
         "serval.bench.sink_emergence:collect",
         "how attention sinks emerge, and without which variants",
     ),
+    "streaming": Entry(
+        "serval.bench.streaming:collect", "perplexity at four times the context in a short cache"
+    ),
     "serve": Entry("serval.bench.serve:collect", "32 streaming clients against the server"),
 }
 

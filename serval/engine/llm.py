@@ -22,7 +22,8 @@ import torch
 
 from serval.adapt.serving import AdapterBank
 from serval.cache.budgeted import make_memory
-from serval.cache.memory import cache_bytes_per_token, cache_state_bytes
+from serval.cache.layouts import layout_class
+from serval.cache.memory import cache_bytes_per_token, cache_state_bytes, layer_layouts
 from serval.cache.policies.base import Policy
 from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.engine import Engine, EngineStats
@@ -56,7 +57,8 @@ class LLM:
             Prefixes are then not reused; prompts being computed take exact storage beside
             `cache_bytes`, of at most `max_model_len` tokens together.
         max_model_len: tokens of prompt and output together; by default what the model was made
-            for, or less if the memory does not hold one such sequence.
+            for, or less if the memory does not hold one such sequence. More only with a layout that
+            bounds what a token sees (kv="streaming").
         cache_bytes: storage for keys and values; by default room for 16 full sequences, at most a
             quarter of the free memory.
         block_size: tokens per cache block.
@@ -108,10 +110,12 @@ class LLM:
         specs = decoder.trunk_attention_layers  # drafting is not the engine's affair
         limit = config.max_position_embeddings
         if max_model_len is not None and max_model_len > limit:
-            raise ConfigError(
-                f"max_model_len is {max_model_len}, the model was made for {limit} positions: "
-                f"choose at most {limit}"
-            )
+            if not all(layout_class(name).unbounded for name in layer_layouts(specs, kv)):
+                raise ConfigError(
+                    f"max_model_len is {max_model_len}, the model was made for {limit} positions: "
+                    f"choose at most {limit}, or kv='streaming'"
+                )
+            decoder.rotary.extend(max_model_len)
         per_token = cache_bytes_per_token(specs, kv, weight.dtype)
         states = max_sequences * cache_state_bytes(specs, kv, weight.dtype)
         if cache_bytes is None:
@@ -120,7 +124,7 @@ class LLM:
             wanted = blocks * math.ceil(per_token * block_size) + states
             cache_bytes = min(wanted, int(_DEFAULT_MEMORY * _free_memory(weight.device)))
             room = cache_bytes - states
-            if max_model_len is None and room < per_token * (limit + block_size):
+            if max_model_len is None and 0 < per_token * (limit + block_size) > room:
                 limit = max(0, int(room // (per_token * block_size))) * block_size
                 logger.warning("the free memory holds %d tokens: max_model_len is set to it", limit)
         self.max_model_len = limit if max_model_len is None else max_model_len

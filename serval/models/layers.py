@@ -107,21 +107,30 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 class RotaryTable(nn.Module):
-    """cos and sin [max_positions, R/2] in float32, made on first use on the device that asks."""
+    """cos and sin [rows, R/2] in float32, made on first use on the device that asks; `rows` is
+    max_positions until it is extended."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, max_positions: int) -> None:
         super().__init__()
         self.rope = rope
         self.head_dim = head_dim
         self.max_positions = max_positions
+        self.rows = max_positions
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
+    def extend(self, positions: int) -> None:
+        """Make room for positions beyond those the model was made for, at its frequencies: for
+        caches that count positions within themselves. Call it before tables are handed out."""
+        if positions > self.rows:
+            self.rows = positions
+            self._tables.clear()
+
     def forward(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each float32 [max_positions, R/2] on `device`."""
+        """(cos, sin), each float32 [rows, R/2] on `device`."""
         if device not in self._tables:
             with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
                 inv, factor = inverse_frequencies(self.rope, self.head_dim, self.max_positions)
-                angle = torch.arange(self.max_positions, dtype=torch.float32)[:, None] * inv
+                angle = torch.arange(self.rows, dtype=torch.float32)[:, None] * inv
                 cos, sin = angle.cos() * factor, angle.sin() * factor
             self._tables[device] = (cos.to(device), sin.to(device))
         return self._tables[device]

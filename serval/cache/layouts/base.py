@@ -61,6 +61,8 @@ class Layout(ABC):
     options: names of the class attributes that a user may set (`--kv name:option=value`).
     delayed: whether tokens may wait in the state before they are stored in blocks.
     fetches: whether `fetch` works, which attention other than softmax needs.
+    unbounded: whether a sequence may be longer than the model's context, because queries see
+    bounded distances only.
     recordable: whether the kernel calls of a decode step depend on the shapes in its view only, not
     on lengths or other values, so that they may be recorded and made again (`engine.recorded`).
     """
@@ -69,6 +71,7 @@ class Layout(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     delayed: ClassVar[bool] = False
     fetches: ClassVar[bool] = False
+    unbounded: ClassVar[bool] = False
     recordable: ClassVar[bool] = False
 
     def __init__(

@@ -60,6 +60,7 @@ class StreamingLayout(Layout):
     name = "streaming"
     options = ("sinks", "recent", "slack")
     delayed = True
+    unbounded = True
     sinks: int = 4
     recent: int = 1020
     slack: int = 16
