@@ -251,6 +251,35 @@ def inspect(
         write_json(result.to_dict(), json_path)
 
 
+@app.command(name="profile-kv")
+def profile_kv(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    keep: Annotated[float, typer.Option(help="Fraction of keys and values to keep.")] = 0.2,
+    text: Annotated[
+        str | None, typer.Option(help="Text: a folder, file or JSONL (default: stdlib).")
+    ] = None,
+    text_field: TextField = "text",
+    samples: Annotated[int, typer.Option(help="Pieces of text to measure.")] = 10,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of each (default: up to 1024).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
+) -> None:
+    """Measure PrefixKV's shares per layer once, for --policy prefixkv:keep=...,profile=FILE."""
+    from serval.evaluate.cache_profile import ProfileOptions, print_shares, run
+    from serval.evaluate.progress import progress_bar
+
+    options = ProfileOptions(
+        model, f"prefixkv:keep={keep}", text, text_field, samples, length, seed
+    )
+    with progress_bar(Console(stderr=True)) as progress:
+        found = run(options, progress)
+    print_shares(found)
+    found.profile.write(out)
+    print(f"wrote {out}; use it with --policy prefixkv:keep={keep},profile={out}")
+
+
 @app.command()
 def compress(
     model: Model,

@@ -124,6 +124,13 @@ class Staging:
         added = self.scorer.score(q, keys, scale, self._first, window, sinks)
         self.importance[layer, : self._end] += added
 
+    def put(self, layer: int, k: Tensor, v: Tensor, importance: Tensor) -> None:
+        """Store this step's k [n, Hkv, D] and v [n, Hkv, Dv] as if they had been computed, and add
+        importance [m] of all tokens so far: for benchmarks of what comes after a prompt."""
+        assert self._view is not None
+        self._layout.write(layer, self._view, k, v)
+        self.importance[layer, : self._end] += importance
+
     def rows(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The keys [n, Hkv, D] and values [n, Hkv, Dv] of tokens at `positions`; of an MLA layer
         the latents [n, C] and rotated keys [n, R]."""

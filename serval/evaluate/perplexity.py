@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from serval.errors import DataError
-from serval.evaluate.scorer import Scorer
+from serval.evaluate.scorer import PROMPT_SHARE, Scorer, prompt_length
 
 Tick = Callable[[int], None]  # told how many more tokens were scored
 
@@ -135,16 +135,16 @@ def spread(
     return chosen
 
 
-def continuations(windows: Sequence[Window]) -> list[Window]:
-    """The windows with only what follows their first half scored (see `Scorer.prompt_length`), less
-    those where nothing is left. Raises DataError when none is."""
+def continuations(windows: Sequence[Window], share: float = PROMPT_SHARE) -> list[Window]:
+    """The windows with only what follows their prompts scored (see `Scorer`), less those where
+    nothing is left. Raises DataError when none is."""
     scored = [
-        Window(w.tokens, max(w.scored_from, Scorer.prompt_length(len(w.tokens)) + 1))
+        Window(w.tokens, max(w.scored_from, prompt_length(len(w.tokens), share) + 1))
         for w in windows
     ]
     left = [window for window in scored if window.scored > 0]
     if not left:
-        raise DataError("the text is too short to score: no second half of a window is left")
+        raise DataError("the text is too short to score: nothing is left behind the prompts")
     return left
 
 

@@ -2,7 +2,7 @@
 
 Without a layout each sequence attends to itself exactly, as in training. With one, keys and values
 pass through the paged cache in chunks, as a served prompt's do, so that what a layout loses shows.
-With a policy too, the first half of each text is a prompt and the rest comes token by token, from
+With a policy too, the first part of each text is a prompt and the rest comes token by token, from
 what the policy kept. Only `chunk` rows of logits per sequence exist at a time.
 """
 
@@ -22,8 +22,15 @@ from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
 
 BLOCK_SIZE = 32
+PROMPT_SHARE = 0.5
 
 Rows = tuple[int, int, Tensor]  # sequence, first row, logits [rows, vocabulary] in float32
+
+
+def prompt_length(length: int, share: float = PROMPT_SHARE) -> int:
+    """Tokens of a sequence of `length` that a policy takes as the prompt: it drops tokens after
+    them."""
+    return max(1, int(length * share))
 
 
 class Scorer:
@@ -31,7 +38,8 @@ class Scorer:
 
     decoder: in eval mode. kv: None for exact attention, or a cache layout's name. chunk: tokens of
     each sequence that one step computes with a layout, and rows of logits made at a time. policy:
-    what the cache keeps after a sequence's first `prompt_length` tokens (needs kv).
+    what the cache keeps after a sequence's first `prompt_length` tokens (needs kv), of which
+    prompt_share is the share.
     """
 
     def __init__(
@@ -40,8 +48,10 @@ class Scorer:
         kv: str | None = None,
         chunk: int = 256,
         policy: str | Policy | None = None,
+        prompt_share: float = PROMPT_SHARE,
     ) -> None:
         self.decoder, self.kv, self.chunk, self.policy = decoder, kv, chunk, policy
+        self.prompt_share = prompt_share
         parameter = decoder.norm.weight
         self.device, self.dtype = parameter.device, parameter.dtype
         self._memory: PagedMemory | None = None
@@ -65,11 +75,6 @@ class Scorer:
         if self.policy is None:
             return self._cached(sequences, self.kv)
         return self._continued(sequences, self.kv)
-
-    @staticmethod
-    def prompt_length(length: int) -> int:
-        """Tokens of a sequence that a policy takes as the prompt: it drops tokens behind them."""
-        return max(1, length // 2)
 
     @torch.inference_mode()
     def _exact(self, sequences: Sequence[Sequence[int]]) -> Iterator[Rows]:
@@ -111,7 +116,7 @@ class Scorer:
         memory = self._storage(kv, [len(tokens) for tokens in sequences])
         manager = memory.manager
         caches = [manager.create() for _ in sequences]
-        prompts = [self.prompt_length(len(tokens)) for tokens in sequences]
+        prompts = [prompt_length(len(tokens), self.prompt_share) for tokens in sequences]
 
         def step(places: list[tuple[int, int, int]]) -> None:
             """Compute tokens [start, stop) of sequences n and add their hidden states to `rows`."""
