@@ -88,7 +88,7 @@ def test_the_fold_adds_far_less_error_than_the_cache(name: str) -> None:
         added, own = far(o[n : n + 1], want), far(want, original)
         assert added < (0.12 if cache.fmt.value_bits == 2 else 0.2) * own, (added, own)
         total = far(o[n : n + 1], original)
-        assert total < 1.03 * own + 1e-6, (total, own)
+        assert total < (1.03 if cache.fmt.value_bits == 2 else 1.05) * own + 1e-6, (total, own)
         torch.testing.assert_close(lse[n : n + 1].double(), want_lse, atol=0.05, rtol=0)
 
 
