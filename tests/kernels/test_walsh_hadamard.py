@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard transform: orthogonal, symmetric, its own inverse, equal to the dense matrix."""
+"""The Walsh-Hadamard transform: orthogonal, symmetric, its own inverse, equal to the dense one."""
 
 from __future__ import annotations
 
