@@ -29,6 +29,7 @@ def can_rotate(module: nn.Module) -> bool:
     between = ("value_gate", "value_bias", "gate", "weight_function")  # of `AttentionVariants`
     return all(getattr(module, name, None) is None for name in between) and all(
         isinstance(linear, nn.Linear)
+        and not hasattr(linear, "checkpoint_tensors")  # stored otherwise than it computes
         and linear.weight.is_floating_point()
         and not linear.weight.is_meta
         and not linear._forward_hooks

@@ -47,7 +47,7 @@ def test_random_traffic_of_latents(
     random_traffic("mla", seed, spare, block, batch, sequences, prefix_caching, kv)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     spare=st.integers(0, 4),

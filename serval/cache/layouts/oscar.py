@@ -212,9 +212,12 @@ class OScaRLayout(Layout):
             v = kernels.hadamard(v)
         o = wide.new_empty(*q.shape[:2], v.shape[-1])
         if plan.rows is not None:
-            rows = plan.rows
-            self._hold(slot, plan, k[rows], v[rows])
-            o[rows] = self._decode(slot, plan, wide[rows], scale, sinks)
+            self._hold(slot, plan, k[plan.rows], v[plan.rows])
+            decoded = self._decode(slot, plan, wide[plan.rows], scale, sinks)
+            if plan.chunks:
+                o[plan.rows] = decoded
+            else:
+                o = decoded
         for chunk in plan.chunks:
             mine = slice(chunk.start, chunk.stop)
             o[mine] = self._chunk(slot, chunk, wide[mine], k[mine], v[mine], scale, sinks)
