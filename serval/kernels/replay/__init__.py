@@ -3,7 +3,7 @@
 What CUDA graphs are to GPUs: between the kernels of a decode step Python takes longer than the
 small kernels themselves. `record` runs a function as usual and writes down every C++ kernel it
 calls, with its arguments; `Tape.run` makes the same calls on the same memory. Whoever records keeps
-the inputs at fixed addresses and puts new values there before each run.
+alive what was read, weights included, and puts new values of the inputs there before each run.
 
 A computation can be replayed when all its arithmetic happens in recordable kernels (those with a
 `PACKED` form in C++), Python decides by shapes only, and memory comes from `torch.empty`. Anything

@@ -118,11 +118,15 @@ EXPORT int quantized_linear(const float* x, int64_t x_row, int64_t rows, int64_t
   if (w.blocks.empty()) return 0;
   w.first_block.push_back(w.blocks.size());
 
-  // Units of about 512 KB of weights when rows are few (long streams), of a few panels when there is work in each.
+  // Units of at most 512 KB of weights when rows are few (long streams, two for each thread), of a few panels when there
+  // is work in each.
   double all = 0;
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; i++) bytes += layers[i].panels() * s.panel_bytes();
+  const int64_t stream = std::min<int64_t>(524288, bytes / (2 * threads));
   for (int64_t i = 0; i < count; i++) {
     const bool few = layers[i].rows <= 16;
-    const int64_t step = std::max<int64_t>(4, few ? 524288 / s.panel_bytes() / 4 * 4 : 0);
+    const int64_t step = std::max<int64_t>(4, few ? stream / s.panel_bytes() / 4 * 4 : 0);
     w.units.push_back(w.units.back() + (layers[i].panels() + step - 1) / step);
     all += (double)layers[i].n * (layers[i].rows + 2) * k;
   }
