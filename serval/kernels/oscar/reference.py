@@ -61,9 +61,9 @@ def parameters(x: Tensor, bits: int, zero: str, records: int) -> tuple[Tensor, T
 
 def scales(n: Tensor, exponents: Tensor) -> Tensor:
     """float32 scales of integers n [..., *] and stored exponents [...]."""
-    unit = torch.ldexp(torch.ones(exponents.shape), exponents.to(torch.int32) - BIAS)
-    assert n.dim() >= exponents.dim()
-    return n.float() * unit.to(n.device)[(..., *[None] * (n.dim() - exponents.dim()))]
+    ones = torch.ones(exponents.shape, device=exponents.device)
+    unit = torch.ldexp(ones, exponents.to(torch.int32) - BIAS)
+    return n.float() * unit[(..., *[None] * (n.dim() - exponents.dim()))]
 
 
 def codes(x: Tensor, s: Tensor, middle: Tensor, bits: int) -> Tensor:
