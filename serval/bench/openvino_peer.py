@@ -115,13 +115,15 @@ class OpenVinoEngine:
 
     def fill(self, batch: int, context: int, room: int) -> None:
         self.open(batch, context + room, keep_prompts=True)
-        self.batch, self.context, self.room = batch, context, room
+        self.batch, self.context = batch, context
+        self.reach_first_token(self.start(random_tokens(self.config, batch, context), 1))
         self.decode(1)
 
     def decode(self, steps: int) -> tuple[float, float]:
-        """Prompts come from the kept cache; the clock starts when each has its first token."""
+        """Prompts come from the kept cache; the clock starts when each has its first token. Those
+        that have it earlier go on meanwhile and need tokens for that."""
         prompts = random_tokens(self.config, self.batch, self.context)
-        handles = self.start(prompts, steps + 2)
+        handles = self.start(prompts, steps + self.batch + 2)
         self.reach_first_token(handles)
         for handle in handles:
             new_tokens(handle)

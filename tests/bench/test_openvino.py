@@ -87,7 +87,7 @@ def test_the_peer_decodes_behind_kept_prompts(
     pytest.importorskip("openvino_genai")
     monkeypatch.setenv("SERVAL_BENCH_DIR", str(tmp_path))
     engine = OpenVinoEngine("tiny", 1)
-    engine.fill(2, 40, 8)
+    engine.fill(8, 200, 8)  # more tokens than a call takes
     for _ in range(2):
         assert engine.decode(4)[0] > 0
     assert engine.prefill(2, 33)[0] > 0
