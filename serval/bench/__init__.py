@@ -32,11 +32,14 @@ BENCHES: dict[str, Entry] = {
         "serval.bench.w4a8:collect", "products with 4-bit weights: torch, ggml, scale forms"
     ),
     "kv": Entry("serval.bench.kv:collect", "decode attention per cache layout, Llama-3.1-8B layer"),
+    "snapmla": Entry(
+        "serval.bench.snapmla:collect", "FP8 latent cache: errors, quality, decode attention"
+    ),
     "kv-quality": Entry(
         "serval.bench.kv_quality:collect", "what caches of few bits cost in quality"
     ),
-    "snapmla": Entry(
-        "serval.bench.snapmla:collect", "FP8 latent cache: errors, quality, decode attention"
+    "prefixkv": Entry(
+        "serval.bench.prefixkv:collect", "cache policies at equal budgets: quality, memory, speed"
     ),
     "train": Entry("serval.bench.train:collect", "training tokens/s against transformers.Trainer"),
     "optim": Entry("serval.bench.optim:collect", "Muon and MONA steps against torch.optim.Muon"),

@@ -187,6 +187,7 @@ def test_policies_read_options_and_refuse_bad_ones() -> None:
         "prefixkv:keep": "name:option=value",
         "prefixkv:_fractions=3": "no option",
         "uniform:last=0": "at least 1",
+        "h2o:recent=1": "below 1",
     }.items():
         with pytest.raises(CacheError, match=said):
             make_policy(bad)

@@ -39,6 +39,8 @@ class Policy(ABC):
         keep: fraction of all entries that is kept, in (0, 1].
         start: first tokens that every layer keeps.
         last: last prompt tokens that every layer keeps when the prompt is complete.
+        recent: share of a layer's entries that are its last tokens whatever their importance, in
+            [0, 1); a window of that size then moves on while decoding.
         distance: entries at the end of what is kept that decoding may drop, oldest first; the ones
             before stay for good. Half of the entries where there are fewer.
         least: entries per layer below which no budget falls.
@@ -50,6 +52,7 @@ class Policy(ABC):
     keep: float = 0.2
     start: int = 1
     last: int = 1
+    recent: float = 0.0
     distance: int = 25
     least: int = 32
 
@@ -58,6 +61,11 @@ class Policy(ABC):
             raise CacheError(
                 f"policy {self.name!r} got keep={self.keep}; it is the fraction that is kept: "
                 "above 0, at most 1"
+            )
+        if not 0 <= self.recent < 1:
+            raise CacheError(
+                f"policy {self.name!r} got recent={self.recent}; it is a share of a layer's "
+                "entries: at least 0, below 1"
             )
         for option, bound in {"start": 0, "last": 1, "distance": 1, "least": 0}.items():
             if getattr(self, option) < bound:
@@ -101,9 +109,9 @@ class Policy(ABC):
         they are not those that the options were made for."""
         return None
 
-    def recent(self, kept: int) -> int:
+    def last_ones(self, kept: int) -> int:
         """Of `kept` entries of a layer, how many are its last tokens, whatever their importance."""
-        return min(self.last, kept)
+        return max(min(self.last, kept), int(kept * self.recent))
 
     def budget(self, total: int, layers: int) -> int:
         """Entries that `layers` layers keep of `total` tokens."""
@@ -142,9 +150,9 @@ class Policy(ABC):
         oldest = 0 if window is None else max(0, length - window)
         worth = importance.double()
         worth[:oldest] = -1.0
-        worth[length - self.recent(kept) :] = float("inf")
+        worth[length - self.last_ones(kept) :] = float("inf")
         if oldest == 0:
-            room = kept - self.recent(kept)
+            room = kept - self.last_ones(kept)
             head = slice(0, min(self.start, room))
             worth[head] = float("inf")
         order = worth.sort(descending=True, stable=True).indices
@@ -188,5 +196,5 @@ class Policy(ABC):
 
     def first_to_drop(self, kept: int) -> int:
         """Of `kept` entries in order, the first that decoding may drop."""
-        first = kept - max(self.distance, self.recent(kept))
+        first = kept - max(self.distance, self.last_ones(kept))
         return first if first >= 1 else kept // 2

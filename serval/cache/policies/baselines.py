@@ -38,9 +38,7 @@ class H2O(Uniform):
     is complete."""
 
     name = "h2o"
-
-    def recent(self, kept: int) -> int:
-        return max(min(self.last, kept), kept // 2)
+    recent: float = 0.5
 
 
 @dataclass
