@@ -4,11 +4,12 @@ Three groups of cases:
 
 - `errors-CONFIG-REGIME-ctxL`: errors of attention outputs on synthetic latents at DeepSeek-V3's
   shape (16 heads), see `serval.bench.snapmla_errors`. No timing.
-- `model-CONFIG` and `model-CONFIG-rope50`: the shipped MLA model on held-out text: perplexity,
-  KL(full || this) of next-token distributions and the share of equal most likely tokens, when every
-  token attends through the configuration, in FP8 all along as decode steps do. `snapmla`, `a` and
-  `b` read the paged cache layout, `c` and `d` see the whole text at once. `rope50`: the same
-  function with rotary keys 50 times larger and rotary queries as much smaller.
+- `model-CONFIG`, `model-CONFIG-rope50`, `-rope1e6`: the shipped MLA model on held-out text:
+  perplexity, KL(full || this) of next-token distributions and the share of equal most likely
+  tokens, when every token attends through the configuration, in FP8 all along as decode steps do.
+  `snapmla`, `a` and `b` read the paged cache layout, `c` and `d` see the whole text at once.
+  `rope50`, `rope1e6`: the same function with rotary keys so many times larger and rotary queries as
+  much smaller.
 - `attention-hH-ctxL`: seconds of one decode step of one sequence at DeepSeek-V3's layer shape (512
   latent and 64 rotary dims, H heads: 16 is a share of 8-way tensor parallelism, 128 all), against
   our own float32 and bfloat16 latent caches, and torch's scaled dot-product attention over the
@@ -51,7 +52,7 @@ PAGE = 64
 CHUNK = 4096  # tokens stored at a time
 TINY = AttentionSpec("mla", 4, 1, 48, 32, kv_lora_rank=64, qk_rope_head_dim=16)
 MODEL = "assets/serval-tiny-mla"
-RESCALED = 50.0
+FACTORS = {"": 1.0, "-rope50": 50.0, "-rope1e6": 1e6}  # of rotary keys
 ALL_FP8 = "fp8_queries=1000000"  # prompts too
 
 
@@ -77,8 +78,8 @@ def _errors(setup: Setup) -> list[Case]:
 
 def _model(setup: Setup) -> list[Case]:
     names = {
-        (config, rescaled): f"model-{config}{'-rope50' if rescaled else ''}"
-        for rescaled in (False, True)
+        (config, factor): f"model-{config}{suffix}"
+        for suffix, factor in FACTORS.items()
         for config in ("full", *CONFIGS)
     }
     wanted = {key: name for key, name in names.items() if setup.wants(name)}
@@ -89,11 +90,13 @@ def _model(setup: Setup) -> list[Case]:
     windows = Evaluator(EvalOptions(source, text_tokens=tokens, window=window, tasks=())).windows
     decoder = checkpoint.load(source, dtype=torch.float32).eval()
     exact = RememberedScorer(decoder)
-    other = checkpoint.load(source, dtype=torch.float32).eval()
-    rescale_rotary_(other, RESCALED)
+    models = {1.0: decoder}
     cases = []
-    for (config, rescaled), name in wanted.items():
-        model = other if rescaled else decoder
+    for (config, factor), name in wanted.items():
+        if factor not in models:
+            models[factor] = checkpoint.load(source, dtype=torch.float32).eval()
+            rescale_rotary_(models[factor], factor)
+        model = models[factor]
         if config == "full":
             scorer = Scorer(model)
         elif config in ("c", "d"):
@@ -105,7 +108,7 @@ def _model(setup: Setup) -> list[Case]:
         assert text.reference_perplexity is not None
         metrics = {
             "config": config,
-            "rescaled": RESCALED if rescaled else 1.0,
+            "factor": factor,
             "perplexity": text.perplexity,
             "perplexity_change": text.perplexity / text.reference_perplexity - 1,
             "kl": text.kl,

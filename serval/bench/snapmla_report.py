@@ -71,7 +71,7 @@ def _model_table(models: list[Case]) -> str:
     for case in models:
         m = case.metrics
         lines.append(
-            f"| {m['config']} | x{m['rescaled']:g} | {m['perplexity']:.3f} "
+            f"| {m['config']} | x{m['factor']:g} | {m['perplexity']:.3f} "
             f"| {m['perplexity_change']:+.2%} | {1e3 * m['kl']:.2f} | {m['same_top']:.1%} |"
         )
     return "\n".join(lines)

@@ -79,10 +79,11 @@ def test_quick_run_and_picture(tmp_path: Path) -> None:
     report = read_report(target)
     cases = {(case.case, case.peer): case for case in report.cases}
     models = {case.case: case.metrics for case in report.cases if case.case.startswith("model-")}
-    assert len(models) == 12
+    assert len(models) == 18
     assert models["model-full"]["kl"] == pytest.approx(0, abs=1e-6)
     assert models["model-full-rope50"]["kl"] == pytest.approx(0, abs=1e-5)
     assert models["model-a-rope50"]["kl"] > 3 * models["model-snapmla-rope50"]["kl"]
+    assert models["model-a-rope1e6"]["kl"] > 30 * models["model-snapmla-rope1e6"]["kl"]
     assert abs(models["model-snapmla"]["perplexity_change"]) < 0.02
     peers = [peer for name, peer in cases if name == "attention-h4-ctx200"]
     assert peers == ["full", "torch SDPA float32", "bf16", "torch SDPA bfloat16"]
@@ -92,7 +93,7 @@ def test_quick_run_and_picture(tmp_path: Path) -> None:
     snapmla_report.draw(report, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     table = snapmla_report.result_table(report)
-    assert table.count("| snapmla |") == 3 + 2
+    assert table.count("| snapmla |") == 3 + 3
 
 
 def test_only_what_is_wanted() -> None:
