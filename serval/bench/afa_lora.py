@@ -323,16 +323,19 @@ def collect(setup: Setup) -> list[Case]:
         path = kept_path("afa-lora", "untuned", [dataclasses.asdict(size), base.digest])
         loss = kept(path, lambda: {"loss": base.untuned()})["loss"]
         cases.append(Case("untuned", None, metrics={"test_loss": loss}))
-    full: dict[str, Any] | None = None
+    wanted = {
+        rank: [method for method in ADAPTERS if setup.wants(f"{method}-r{rank}")] for rank in ranks
+    }
+    if not (setup.wants("full") or any(wanted.values())):
+        return cases
+    full = _method(setup, base, size, "full", 0, seeds)  # what every gap is measured to
     if setup.wants("full"):
-        full = _method(setup, base, size, "full", 0, seeds)
         cases.append(Case("full", None, metrics=full))
-    for rank in ranks:
-        wanted = [method for method in ADAPTERS if setup.wants(f"{method}-r{rank}")]
-        if not wanted:
+    for rank, methods in wanted.items():
+        if not methods:
             continue
         plain = _method(setup, base, size, "lora", rank, seeds)
-        for method in wanted:
+        for method in methods:
             case = Case(f"{method}-r{rank}", None)
             cases.append(case)
             try:
@@ -342,10 +345,9 @@ def collect(setup: Setup) -> list[Case]:
                 continue
             if method != "lora":
                 case.metrics |= paired(case.metrics["losses"], plain["losses"], "lora")
-            if full is not None:
-                gap = plain["test_loss"] - full["test_loss"]
-                closed = plain["test_loss"] - case.metrics["test_loss"]
-                case.metrics["gap_closed"] = closed / gap
+            gap = plain["test_loss"] - full["test_loss"]
+            closed = plain["test_loss"] - case.metrics["test_loss"]
+            case.metrics["gap_closed"] = closed / gap
     return cases
 
 
