@@ -76,7 +76,7 @@ class Size:
     window: int = 1024
     prompt_share: float = 0.75
     samples: int = 10  # of the profile
-    questions: int = 16  # per task
+    questions: int = 8  # per task
     context: int = 1024  # of a question
     shape: str = "llama-1b"
     sequences: int = 8
@@ -273,7 +273,7 @@ def speed_cases(setup: Setup, size: Size, names: dict[float, str]) -> list[Case]
     per_token = cache_bytes_per_token(specs, "full", torch.float32)
     weights = sum(p.numel() for p in decoder.parameters()) * 4
     tokens = size.sequences * (size.tokens + BLOCK)
-    needed = weights + per_token * tokens * (1 + sum(names)) + per_token * size.tokens + 2**30
+    needed = weights + per_token * (tokens * (1 + 1.1 * max(names)) + size.tokens) + 2**30
     if needed > memory_bytes():
         why = (
             f"does not fit in memory: {needed / 2**30:.1f} GiB are needed, "
@@ -281,17 +281,14 @@ def speed_cases(setup: Setup, size: Size, names: dict[float, str]) -> list[Case]
         )
         return [Case(name, None, WHOLE, failed=why) for name in names.values()]
     setup.note(f"{size.shape}: {size.sequences} sequences of {size.tokens} tokens")
-    decoder = decoder.to_empty(device="cpu").eval()
-    fill_parameters(decoder)
-    runs = {WHOLE: DecodeRun(decoder, None, size)}
-    runs |= {name: DecodeRun(decoder, keep, size) for keep, name in names.items()}
-    outcomes = paired_rounds(
-        [Contestant(name, run.measure) for name, run in runs.items()], size.rounds, setup.note
-    )
-    whole = runs[WHOLE].filled_bytes
+    fill_parameters(decoder.eval())
+    peer = DecodeRun(decoder, None, size, reads=len(names))
+    whole = peer.filled_bytes
     cases = []
     for keep, name in names.items():
-        run = runs[name]
+        run = DecodeRun(decoder, keep, size)
+        contestants = [Contestant(WHOLE, peer.measure), Contestant(name, run.measure)]
+        outcomes = paired_rounds(contestants, size.rounds, setup.note)
         metrics = {
             "keep": keep,
             "sequences": size.sequences,
@@ -308,13 +305,14 @@ def speed_cases(setup: Setup, size: Size, names: dict[float, str]) -> list[Case]
 
 
 class DecodeRun:
-    """Sequences with random contents under a budget (None: the whole cache), and their steps."""
+    """Sequences with random contents under a budget (None: the whole cache), and their steps.
+    reads: how often all rounds are measured."""
 
-    def __init__(self, decoder: Decoder, keep: float | None, size: Size) -> None:
+    def __init__(self, decoder: Decoder, keep: float | None, size: Size, reads: int = 1) -> None:
         self.decoder, self.size = decoder, size
         specs = decoder.trunk_attention_layers
         policy = None if keep is None else make_policy(f"prefixkv:keep={keep}")
-        room = size.tokens + 8 * size.steps * (size.rounds + 1)
+        room = size.tokens + (size.steps + 1) * size.rounds * reads
         blocks = size.sequences * -(-room // BLOCK)
         if keep is not None:
             blocks = int(blocks * keep * 1.1) + 4 * size.sequences
