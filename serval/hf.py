@@ -1,4 +1,5 @@
-"""Serval's low-bit key-value caches for users of `transformers`.
+"""Serval's low-bit key-value caches for users of `transformers`; `PrefixKVCache` is in
+`serval.hf_prefixkv`.
 
     from serval.hf import OScaRCache
     cache = OScaRCache(model.config, bits=2)
@@ -34,7 +35,10 @@ from serval.cache.layouts.oscar import OScaRLayout
 from serval.cache.manager import SequenceCache
 from serval.cache.memory import PagedMemory, cache_budget
 from serval.errors import CacheError
+from serval.hf_prefixkv import PrefixKVCache
 from serval.models.attention import AttentionSpec
+
+__all__ = ["OScaRCache", "PrefixKVCache"]
 
 ATTENTION = "serval"  # name of the attention that reads packed codes
 
