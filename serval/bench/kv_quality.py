@@ -42,20 +42,21 @@ from serval.models.decoder import Decoder
 
 WINDOWS = (32, 128)
 PLAIN = ("full", "int8")
-COMPARED = ("int4", "q4_0", "int2", "kivi", "oscar", "oscar:bits=4")
+COMPARED = ("int4", "q4_0", "int2", "kivi", "oscar", "oscar:zero=min", "oscar:bits=4")
 ABLATIONS = ("oscar:norms=false", "oscar:rotate=false", "int2:rotate=true")  # at window 32
 IMBALANCED = (
     "int4", "q4_0", "int2", "int2:rotate=true", "kivi", "oscar:rotate=false,norms=false",
     "oscar:norms=false", "oscar:rotate=false", "oscar", "oscar:bits=4",
 )  # fmt: skip
 RETRIEVAL = ("multi_needle", "key_value", "mqar")
+VARIABLES = 3  # contexts of variable tracking per seed, of few questions each
 CHUNK = 32
 
 
 @dataclass(frozen=True)
 class Budget:
     """text_tokens: scored; window: tokens of one window of text. context: tokens of a context;
-    questions: of each, one context per task and seed. draws: seeds of keys."""
+    questions: of each, one context per retrieval task and seed. draws: seeds of keys."""
 
     text_tokens: int = 8192
     window: int = 1024
@@ -142,15 +143,20 @@ class Yardstick:
         def encode(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+        filler = Filler(evaluator.texts, encode)
         self.questions: list[list[list[Question]]] = [
-            make_questions(
-                (*RETRIEVAL, "variables"),
-                Filler(evaluator.texts, encode),
-                length=budget.context,
-                contexts=1,
-                questions=budget.questions,
-                seed=seed,
-            )
+            [
+                context
+                for tasks, contexts in ((RETRIEVAL, 1), (("variables",), VARIABLES))
+                for context in make_questions(
+                    tasks,
+                    filler,
+                    length=budget.context,
+                    contexts=contexts,
+                    questions=budget.questions,
+                    seed=seed,
+                )
+            ]
             for seed in budget.seeds
         ]
         self.reference = RememberedScorer(self.decoder(), CHUNK)

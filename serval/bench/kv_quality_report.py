@@ -16,6 +16,7 @@ from serval.bench.table import read_report, replace_results
 from serval.errors import ConfigError, ServalError
 from serval.evaluate.plots import PALETTE
 
+OURS = ("oscar", "oscar:zero=min")
 MOST_POINTS, MOST_PERPLEXITY = 1.0, 0.02  # that a 2-bit cache may cost at window 128
 # Token errors over OScaR's, regime "modalities": what a simulation of the paper's setting gave for
 # KIVI and for per-token keys.
@@ -54,13 +55,13 @@ def findings(report: Report) -> list[str]:
     """The claims beside what was measured, met or not."""
     by_name = {case.case: case.metrics for case in report.cases}
     lines = []
-    for window in (128, 32):
-        ours = by_name.get(f"oscar window {window}")
+    for kv, window in ((kv, window) for window in (128, 32) for kv in OURS):
+        ours = by_name.get(f"{kv} window {window}")
         if ours is None:
             continue
         lost, worse = -ours["retrieval_change"], ours["perplexity_change"]
         text = (
-            f"OScaR INT2, window {window}: {lost:+.1f} points of retrieval lost, perplexity "
+            f"`{kv}`, 2 bits, window {window}: {lost:+.1f} points of retrieval lost, perplexity "
             f"{worse:+.2%}"
         )
         if window == 128:
@@ -71,7 +72,7 @@ def findings(report: Report) -> list[str]:
             theirs = by_name.get(f"{peer} window {window}")
             if theirs is not None:
                 lines.append(
-                    f"Window {window}: KL of OScaR INT2 is {ours['kl'] / theirs['kl']:.2f} of that "
+                    f"Window {window}: KL of `{kv}` is {ours['kl'] / theirs['kl']:.2f} of that "
                     f"of {peer}."
                 )
     ours = by_name.get("norms modalities oscar")

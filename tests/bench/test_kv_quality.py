@@ -38,7 +38,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
 def test_every_layout_is_measured_at_both_windows() -> None:
     names = [variant.name for variant in variants(quick=False)]
     assert len(set(names)) == len(names)
-    for kv in ("int4", "q4_0", "int2", "kivi", "oscar", "oscar:bits=4"):
+    for kv in ("int4", "q4_0", "int2", "kivi", "oscar", "oscar:zero=min", "oscar:bits=4"):
         assert {f"{kv} window 32", f"{kv} window 128"} <= set(names)
     for variant in variants(quick=False):
         assert layout_class(variant.layout)
