@@ -46,7 +46,7 @@ def spread(name: str) -> Callable[[dict[str, Any]], str]:
     """Mean, and least and most of the seeds."""
 
     def cell(metrics: dict[str, Any]) -> str:
-        losses = metrics.get("losses") or []
+        losses = metrics.get("losses") if metrics.get(name) is not None else []
         seeds = f" ({min(losses):.3f}-{max(losses):.3f})" if losses else ""
         return number(name)(metrics) + seeds
 
@@ -111,7 +111,7 @@ LAYOUTS = {
             ("against LoRA, same seeds", gap("lora")),
             ("lower", plain("better")),
             ("gap to all weights closed", share("gap_closed")),
-            ("energy left", number("energy_left")),
+            ("energy left (seeds)", spread("energy_left")),
             ("best linear map", number("linear_floor")),
         ),
         "losses",
