@@ -553,7 +553,8 @@ def serve(
 def bench(
     name: Annotated[str, typer.Argument(help="A benchmark, 'all', or 'table' (see --readme).")],
     files: Annotated[
-        list[Path] | None, typer.Argument(help="For 'table': result files to tabulate.")
+        list[Path] | None,
+        typer.Argument(help="For 'table': result files; of FILE:TEXT, cases whose name has TEXT."),
     ] = None,
     json_path: Json = None,
     quick: Annotated[bool, typer.Option(help="Tiny shapes, to see that it works.")] = False,

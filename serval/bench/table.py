@@ -166,14 +166,15 @@ def _machines(reports: Sequence[Report]) -> list[str]:
 
 
 def update_readme(files: Sequence[Path], readme: Path) -> None:
-    """Replace what stands between the result marks of `readme` by the table of `files`.
+    """Replace what stands between the result marks of `readme` by the table of `files`; of
+    "FILE:TEXT", only the cases whose name contains the text.
 
     Raises ConfigError, and leaves `readme` as it is, without files, with reports of tiny shapes,
     and when `readme` cannot be read or lacks the marks.
     """
     if not files:
         raise ConfigError("bench table needs the reports to show, such as docs/results/*.json")
-    reports = [read_report(path) for path in files]
+    reports = [_read_some(path) for path in files]
     for path, report in zip(files, reports, strict=True):
         if report.quick:
             raise ConfigError(
@@ -181,6 +182,18 @@ def update_readme(files: Sequence[Path], readme: Path) -> None:
                 f"{report.bench} --json {path}` again without --quick"
             )
     replace_results(readme, results_table(reports), "--readme ")
+
+
+def _read_some(path: Path) -> Report:
+    """The report at `path`; of "FILE:TEXT", the cases whose name contains the text."""
+    file, colon, text = str(path).rpartition(":")
+    if not colon or path.exists():
+        return read_report(path)
+    report = read_report(Path(file))
+    report.cases = [case for case in report.cases if text in case.case]
+    if not report.cases:
+        raise ConfigError(f"no case of {file} has {text!r} in its name")
+    return report
 
 
 def replace_results(page: Path, text: str, option: str = "") -> None:
