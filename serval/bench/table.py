@@ -161,7 +161,9 @@ def _machines(reports: Sequence[Report]) -> list[str]:
                 f"{machine['float32_gflop_per_s']} GFLOP/s float32"
             )
         text += f", torch {machine['torch']}, {machine['date']}"
-        seen.setdefault(text, []).append(f"`serval bench {report.bench}`")
+        names = seen.setdefault(text, [])
+        if (name := f"`serval bench {report.bench}`") not in names:
+            names.append(name)
     return [f"Printed by {', '.join(names)} on {text}." for text, names in seen.items()]
 
 
