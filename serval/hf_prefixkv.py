@@ -247,13 +247,16 @@ class PolicyLayer(CacheLayerMixin):
             self.valid = seen
         for n in range(q.shape[0]):
             pad = 0 if seen is None else int((~seen[n]).sum())
-            rows = max(0, pad - first)
-            if rows < q.shape[2]:
+            count = q.shape[2]
+            rows = max(0, pad - first, self._scorer.skipped(first, count, self.seen))
+            if self._scorer.queries:  # those of an earlier step were not the last
+                self.importance[n] = 0
+            if rows < count:
                 self.importance[n, pad:] += self._scorer.score(
                     q[n, :, rows:].transpose(0, 1),
                     self.keys[n, :, pad:].transpose(0, 1),
                     scale,
-                    max(0, first - pad),
+                    max(0, first + rows - pad),
                 )
 
     def keep(self, policy: Policy, count: int, retention: Retention | None, index: int) -> None:

@@ -56,6 +56,8 @@ POLICIES = {  # name in the report -> policy
     "prefixkv": "prefixkv",
     "prefixkv-offline": "prefixkv",
     "prefixkv-recent": "prefixkv:recent=0.5",
+    "prefixkv-queries": "prefixkv:queries=32",
+    "uniform-queries": "uniform:queries=32",
     "uniform": "uniform",
     "pyramid": "pyramid",
     "h2o": "h2o",

@@ -121,8 +121,10 @@ class Staging:
         window: int | None,
         sinks: Tensor | None,
     ) -> None:
-        added = self.scorer.score(q, keys, scale, self._first, window, sinks)
-        self.importance[layer, : self._end] += added
+        skip = self.scorer.skipped(self._first, q.shape[0], self.importance.shape[1])
+        if skip < q.shape[0]:
+            added = self.scorer.score(q[skip:], keys, scale, self._first + skip, window, sinks)
+            self.importance[layer, : self._end] += added
 
     def put(self, layer: int, k: Tensor, v: Tensor, importance: Tensor) -> None:
         """Store this step's k [n, Hkv, D] and v [n, Hkv, Dv] as if they had been computed, and add

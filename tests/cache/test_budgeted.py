@@ -96,8 +96,10 @@ def random_tensors(length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [tuple(2 * torch.randn(length, *shape) for shape in shapes) for _ in SPECS]  # type: ignore[misc]
 
 
-def importance_of(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
-    """The full matrix."""
+def importance_of(
+    q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None, queries: int = 0
+) -> Tensor:
+    """From the full matrix; of the last `queries` only (0: all)."""
     n = q.shape[0]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
     scores = scores.double() * SCALE
@@ -107,10 +109,17 @@ def importance_of(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None
     if sinks is not None:
         column = sinks.double()[:, None, None].expand(-1, n, 1)
         scores = torch.cat([scores, column], dim=-1)
-    return scores.softmax(-1)[..., :n].mean(0).sum(0)
+    return scores.softmax(-1)[:, -queries:, :n].mean(0).sum(0)
 
 
-@pytest.mark.parametrize("policy", [f"{name}:keep=0.3,least=4" for name in POLICIES])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(f"{name}:keep=0.3,least=4" for name in POLICIES),
+        "prefixkv:keep=0.3,least=4,queries=49",  # the last chunk and a part of the one before
+        "uniform:keep=0.3,least=4,queries=7",
+    ],
+)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_prompt_is_exact_and_decoding_sees_what_plain_lists_hold(policy, sinks) -> None:
     torch.manual_seed(1)
@@ -129,7 +138,7 @@ def test_prompt_is_exact_and_decoding_sees_what_plain_lists_hold(policy, sinks) 
         want = CausalMemory([0, length]).attend(0, q, k, v, SCALE, window=spec.window, sinks=sink)
         torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
         if chosen_by.scorer.reads_attention:
-            exact.append(importance_of(q, k, spec.window, sink))
+            exact.append(importance_of(q, k, spec.window, sink, chosen_by.queries))
         else:
             exact.append(torch.arange(length, dtype=torch.float64))
     kept = chosen_by.allocate(torch.stack(exact), windows)
@@ -382,6 +391,10 @@ def test_refusals() -> None:
     with pytest.raises(CacheError, match=r"keep=0\.9.*bytes are needed"):
         memory_for([GQA, GQA], "prefixkv:keep=0.9", tokens=140)
     memory_for([GQA, GQA], "prefixkv:keep=0.9", tokens=152)
+    with pytest.raises(CacheError, match="'local' asks no queries"):
+        make_policy("local:queries=8")
+    with pytest.raises(CacheError, match="queries=-1"):
+        make_policy("uniform:queries=-1")
     softer = AttentionSpec("gqa", 4, 2, 16, 16, weights="sigmoid")
     with pytest.raises(CacheError, match="sigmoid"):
         memory_for([softer], "prefixkv")

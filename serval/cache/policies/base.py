@@ -44,6 +44,8 @@ class Policy(ABC):
         distance: entries at the end of what is kept that decoding may drop, oldest first; the ones
             before stay for good. Half of the entries where there are fewer.
         least: entries per layer below which no budget falls.
+        queries: only so many last queries of a prompt say what its tokens are worth; 0: all. A fact
+            that only the question asks for is worth nothing to the queries before it.
 
     Raises `CacheError` for values out of range.
     """
@@ -55,6 +57,7 @@ class Policy(ABC):
     recent: float = 0.0
     distance: int = 25
     least: int = 32
+    queries: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -67,7 +70,13 @@ class Policy(ABC):
                 f"policy {self.name!r} got recent={self.recent}; it is a share of a layer's "
                 "entries: at least 0, below 1"
             )
-        for option, bound in {"start": 0, "last": 1, "distance": 1, "least": 0}.items():
+        for option, bound in {
+            "start": 0,
+            "last": 1,
+            "distance": 1,
+            "least": 0,
+            "queries": 0,
+        }.items():
             if getattr(self, option) < bound:
                 raise CacheError(
                     f"policy {self.name!r} got {option}={getattr(self, option)}; it expects at "
@@ -97,7 +106,7 @@ class Policy(ABC):
     @property
     def scorer(self) -> Scorer:
         """What a token is worth."""
-        return ReceivedAttention()
+        return ReceivedAttention(self.queries)
 
     @property
     @abstractmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from serval.cache.policies.allocators import Allocator, ProportionalAllocator, PyramidAllocator
 from serval.cache.policies.base import Policy
 from serval.cache.policies.scorers import Recency, Scorer
+from serval.errors import CacheError
 
 
 @dataclass
@@ -48,6 +49,11 @@ class Local(Uniform):
 
     name = "local"
     start: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.queries:
+            raise CacheError("policy 'local' asks no queries; leave the option queries out")
 
     @property
     def scorer(self) -> Scorer:

@@ -6,6 +6,7 @@ A scorer never sees an attention matrix: it gets the queries of a chunk and the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,9 +17,18 @@ from serval import kernels
 
 class Scorer(ABC):
     """Non-negative importance of the keys, from the queries of one chunk. Importances of chunks add
-    up. reads_attention: whether the queries matter."""
+    up. reads_attention: whether the queries matter. queries: how many of a prompt's queries count,
+    the last ones; 0: all."""
 
     reads_attention: ClassVar[bool] = True
+    queries: int = 0
+
+    def skipped(self, first: int, count: int, length: int) -> int:
+        """How many rows of a chunk of `count` from `first` on do not count in a prompt of `length`
+        tokens."""
+        if not self.queries:
+            return 0
+        return min(count, max(0, length - self.queries - first))
 
     @abstractmethod
     def score(
@@ -37,6 +47,7 @@ class Scorer(ABC):
         """
 
 
+@dataclass(frozen=True)
 class ReceivedAttention(Scorer):
     """The attention a key receives from all queries, mean over query heads (H2O, arXiv 2306.14048;
     PrefixKV, arXiv 2412.03409, section 3):
@@ -44,8 +55,11 @@ class ReceivedAttention(Scorer):
         I[n] = sum_i mean_h A[h, i, n]
 
     Early tokens are seen by more queries and are not corrected for it. Computed blockwise from q, k
-    and the rows' log-sum-exp, in O(N) memory.
+    and the rows' log-sum-exp, in O(N) memory. With `queries`, i runs over the last ones only, which
+    are those that ask (the observation window of SnapKV, arXiv 2404.14469).
     """
+
+    queries: int = 0
 
     def score(
         self,
