@@ -170,7 +170,7 @@ def test_the_readme_table_replaces_what_stands_between_the_marks(tmp_path: Path)
     update_readme([Path(f"{file}:{report().cases[0].case}")], readme)
     assert "missing: pip install other" not in readme.read_text()
     assert "llama.cpp Q4_0 | 50 tokens/s" in readme.read_text()
-    with pytest.raises(ConfigError, match="no case of .*'nothing'"):
+    with pytest.raises(ConfigError, match=r"no case of .*'nothing'"):
         update_readme([Path(f"{file}:nothing")], readme)
     readme.write_text("no marks")
     with pytest.raises(ConfigError, match="lacks the marks"):
