@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from serval.bench.harness import Case, Report
-from serval.bench.table import read_report, replace_results
-from serval.errors import ConfigError, ServalError
+from serval.bench.report_command import report_command
 from serval.evaluate.plots import PALETTE
 
 OURS = ("oscar", "oscar:zero=min")
@@ -178,25 +176,7 @@ def _base(m: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of the module's text."""
-    parser = argparse.ArgumentParser(description="Tables and picture of a kv-quality report.")
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--page", type=Path, help="Markdown file whose results are replaced")
-    parser.add_argument("--picture", type=Path, help="PNG or SVG file to draw")
-    chosen = parser.parse_args(arguments)
-    try:
-        report = read_report(chosen.report)
-        if report.bench != "kv-quality":
-            raise ConfigError(f"{chosen.report} is a report of {report.bench!r}")
-        if chosen.page is not None:
-            if report.quick:
-                raise ConfigError("the report was measured with --quick, which is no result")
-            replace_results(chosen.page, f"\n{result_table(report)}\n")
-        if chosen.picture is not None:
-            draw(report, chosen.picture)
-        if chosen.page is None and chosen.picture is None:
-            print(result_table(report))
-    except ServalError as error:
-        parser.exit(1, f"{error}\n")
+    report_command("kv-quality", result_table, draw, arguments)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from serval.bench.harness import Case, Report
-from serval.bench.table import read_report, replace_results
-from serval.errors import ConfigError, ServalError
+from serval.bench.report_command import report_command
 from serval.evaluate.plots import PALETTE
 
 GRANULARITIES = ("channel", "g128", "g32")
@@ -189,33 +187,9 @@ def _point(panel: Any, case: Case, shift: float, colour: str) -> None:
     )
 
 
-def update_page(report: Report, page: Path) -> None:
-    """Replace what stands between the result marks of `page` by `result_table`. Raises ConfigError
-    for a report of tiny shapes and a page without the marks."""
-    if report.quick:
-        raise ConfigError("the report was measured with --quick, which is no result")
-    replace_results(page, f"\n{result_table(report)}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of the module's text."""
-    parser = argparse.ArgumentParser(description="Table and picture of a w4a8-quality report.")
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--page", type=Path, help="Markdown file whose results are replaced")
-    parser.add_argument("--picture", type=Path, help="PNG or SVG file to draw")
-    chosen = parser.parse_args(arguments)
-    try:
-        report = read_report(chosen.report)
-        if report.bench != "w4a8-quality":
-            raise ConfigError(f"{chosen.report} is a report of {report.bench!r}")
-        if chosen.page is not None:
-            update_page(report, chosen.page)
-        if chosen.picture is not None:
-            draw(report, chosen.picture)
-        if chosen.page is None and chosen.picture is None:
-            print(result_table(report))
-    except ServalError as error:
-        parser.exit(1, f"{error}\n")
+    report_command("w4a8-quality", result_table, draw, arguments)
 
 
 if __name__ == "__main__":
