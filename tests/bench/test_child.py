@@ -68,7 +68,7 @@ def test_a_stopped_benchmark_leaves_no_server(tmp_path: Path, end: signal.Signal
     assert running(server)
     assert running(grandchild)
     os.kill(bench.pid, end)
-    code = bench.wait(timeout=30)
+    code = bench.wait(timeout=120)
     wait_ended(server)
     if end == signal.SIGKILL:  # nobody was left to clean up behind the server
         os.kill(grandchild, signal.SIGKILL)
@@ -83,7 +83,7 @@ def test_a_stopped_benchmark_leaves_no_server(tmp_path: Path, end: signal.Signal
 def test_leaving_ends_the_server_and_restores_the_handler(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     bench = start(pids, "leave")
-    out, _ = bench.communicate(timeout=30)
+    out, _ = bench.communicate(timeout=120)
     assert out == "left\n"
     for pid in map(int, pids.read_text().split()):
         wait_ended(pid)
