@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,7 +76,7 @@ class VariantPart(nn.Module):
         """Values at the start of training, where they differ from the decoder's rule."""
 
 
-class WeightFunction(VariantPart):
+class WeightFunction(VariantPart, ABC):
     """Attention from explicit logits; owns what is learned."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -84,31 +85,38 @@ class WeightFunction(VariantPart):
         self.num_heads = config.num_attention_heads
         self.max_tokens = config.max_position_embeddings
 
+    @abstractmethod
     def forward(self, z: Tensor, q: Tensor, v: Tensor, scale: float) -> Tensor:
         """z [H, n, m] scaled logits, -inf where masked; q [H, n, D]; v [Hkv, m, Dv] -> o
         [H, n, Dv]."""
+
+
+class LogitWeights(WeightFunction):
+    """Weights that follow from the logits alone."""
+
+    def forward(self, z: Tensor, q: Tensor, v: Tensor, scale: float) -> Tensor:
         return mix(self.weights(z), v)
 
+    @abstractmethod
     def weights(self, z: Tensor) -> Tensor:
         """What each key counts: [H, n, m]."""
-        raise NotImplementedError
 
 
-class Clipped(WeightFunction):
+class Clipped(LogitWeights):
     """clip((1 - gamma) softmax(z) + gamma, 0, 1), gamma = -alpha / T (arXiv 2306.12929)."""
 
     def weights(self, z: Tensor) -> Tensor:
         return formulas.clipped_softmax(z, -self.options.alpha / self.max_tokens)
 
 
-class Softpick(WeightFunction):
+class Softpick(LogitWeights):
     """relu(e^z - 1) / sum |e^z - 1| (arXiv 2504.20966)."""
 
     def weights(self, z: Tensor) -> Tensor:
         return formulas.softpick(z)
 
 
-class Sigmoid(WeightFunction):
+class Sigmoid(LogitWeights):
     """sigmoid(z + b), b = -log T unless given (arXiv 2409.04431)."""
 
     def weights(self, z: Tensor) -> Tensor:
@@ -116,7 +124,7 @@ class Sigmoid(WeightFunction):
         return formulas.sigmoid(z, -math.log(self.max_tokens) if b is None else b)
 
 
-class Elastic(WeightFunction):
+class Elastic(LogitWeights):
     """relu(softmax(z)_ij + tau_h / i), i the number of visible keys."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -217,8 +217,9 @@ class Layout(ABC):
         return self.attend(slot, view, q, scale, window, sinks)
 
     def fetch(self, slot: int, view: CacheView, sequence: int) -> tuple[Tensor, Tensor]:
-        """A sequence's stored keys [L, Hkv, D] and values [L, Hkv, Dv] in the model's dtype."""
-        raise NotImplementedError
+        """A sequence's stored keys [L, Hkv, D] and values [L, Hkv, Dv] in the model's dtype. Raises
+        `CacheError` unless the layout says that it `fetches`."""
+        raise CacheError(f"cache layout {self.name!r} does not hand out stored keys; use kv='full'")
 
     def step_weighted(
         self,
