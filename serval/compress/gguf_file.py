@@ -71,7 +71,6 @@ def export(model: str | Path, out: str | Path, kind: str = "q4_0", force: bool =
     when the `gguf` package is missing.
     """
     start = time.perf_counter()
-    import_gguf()
     directory, out = locate(model), Path(out)
     if out.is_dir() or (out.exists() and not force):
         raise ConfigError(f"--out {out} exists; choose another file, or pass --force")
@@ -79,6 +78,7 @@ def export(model: str | Path, out: str | Path, kind: str = "q4_0", force: bool =
         raise ConfigError(f"{directory} is quantised; export the float checkpoint it was made from")
     config = checkpoint.read_config(directory)
     require_plain(config, "GGUF export")
+    import_gguf()
     stored = list_tensors(directory)
     count = 0
 

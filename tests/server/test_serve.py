@@ -111,8 +111,12 @@ def test_drain_gives_up_in_time(start: Start) -> None:
 def test_second_signal_stops_at_once(start: Start) -> None:
     process, url, _ = start(drain_seconds=60.0)
     host, port = url.removeprefix("http://").split(":")
-    idle = socket.create_connection((host, int(port)))  # holds the drain up
-    idle.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+    idle = socket.create_connection((host, int(port)), timeout=30)  # holds the drain up
+    idle.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n"
+        b"Expect: 100-continue\r\n\r\n"
+    )
+    assert b"100 Continue" in idle.recv(1000)  # the request runs and waits for its body
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.0)
