@@ -5,7 +5,8 @@ Every layout is measured with the same text and the same questions:
 * perplexity of held-out text, KL(exact || layout) of next-token distributions in nats, share of
   equal most likely tokens. Windows of 1024 tokens, several times the longest exact window, are
   computed in chunks of 32: attention inside a chunk is exact, so larger chunks would flatter every
-  layout.
+  layout. `served_perplexity` is that in chunks of 256, as `serval eval` and serving compute a
+  prompt.
 * retrieval (needles, key-value pairs, associative recall) and variable tracking over several
   assignments, greedy, from contexts of 1500 tokens. The questions of a context reuse its cached
   prefix, so they are answered from what the layout stored. Contexts are drawn with several seeds;
@@ -51,6 +52,7 @@ IMBALANCED = (
 RETRIEVAL = ("multi_needle", "key_value", "mqar")
 VARIABLES = 3  # contexts of variable tracking per seed, of few questions each
 CHUNK = 32
+SERVED_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def _model_cases(chosen: Sequence[Variant], budget: Budget, setup: Setup) -> lis
     for variant in chosen:
         metrics = yardstick.measure(variant)
         base = cases[0].metrics if cases else metrics
-        metrics["perplexity_change"] = metrics["perplexity"] / base["perplexity"] - 1
+        for name in ("", "served_"):
+            change = metrics[f"{name}perplexity"] / base[f"{name}perplexity"] - 1
+            metrics[f"{name}perplexity_change"] = change
         for task in ("retrieval", "variables"):
             metrics[f"{task}_change"] = 100 * (metrics[task] - base[task])
         cases.append(Case(variant.name, None, metrics=metrics))
@@ -169,6 +173,7 @@ class Yardstick:
         """The metrics of one case."""
         decoder, kv = self.decoder(), variant.layout
         text = perplexity.score(Scorer(decoder, kv, CHUNK), self.windows, reference=self.reference)
+        served = perplexity.score(Scorer(decoder, kv, SERVED_CHUNK), self.windows)
         specs = decoder.trunk_attention_layers
         metrics: dict[str, Any] = {
             "kv": kv,
@@ -176,6 +181,7 @@ class Yardstick:
             "bits": _bits(decoder, kv),
             "bytes_per_token": cache_bytes_per_token(specs, kv, torch.float32),
             "perplexity": text.perplexity,
+            "served_perplexity": served.perplexity,
             "kl": text.kl,
             "same_top": text.same_top,
         }

@@ -100,8 +100,13 @@ class Run:
     lr: float
     seed: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation. Small experts spend more in casts than bfloat16 products save."""
+        return torch.float32 if self.model == "moe" else best_dtype("auto", torch.device("cpu"))
+
     def path(self) -> Path:
-        facts = dataclasses.asdict(self) | {"mona_beta": MONA_BETA}
+        facts = dataclasses.asdict(self) | {"mona_beta": MONA_BETA, "dtype": str(self.dtype)}
         return kept_path("optim-quality", f"{self.model}-{self.optimizer}", facts)
 
     def result(self, text: Callable[[], Text], note: Callable[[str], None]) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def train(run: Run, text: Text) -> dict[str, Any]:
         steps=size.steps,
         batch_rows=size.batch_rows,
         micro_batch_rows=min(8, size.batch_rows),
-        dtype=best_dtype("auto", torch.device("cpu")),
+        dtype=run.dtype,
         validate_every=max(1, size.steps // 15),
     )
     curve = Curve()

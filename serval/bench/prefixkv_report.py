@@ -1,23 +1,114 @@
-"""The picture of `serval bench prefixkv`, from its JSON.
+"""The tables and the picture of a `prefixkv` report, made from its JSON and nothing else.
 
-python -m serval.bench.prefixkv_report docs/results/prefixkv.json --picture docs/images/prefixkv.png
+    python -m serval.bench.prefixkv_report docs/results/prefixkv.json \
+        --page docs/methods/prefixkv.md --picture docs/images/prefixkv.png
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from serval.bench.harness import Case
-from serval.bench.table import read_report
+from serval.bench.harness import Case, Report
+from serval.bench.report_command import report_command
 from serval.errors import ConfigError
 from serval.evaluate.plots import PALETTE, new_figure, png
 
 
-def draw(cases: Sequence[Case]) -> bytes:
+def result_table(report: Report) -> str:
+    """Markdown: quality by policy and budget, retained attention, and blocks and decode steps."""
+    parts = []
+    scored = [case for case in report.cases if "perplexity" in case.metrics]
+    if scored:
+        parts.append(_quality_table(scored))
+    built = [case for case in report.cases if case.case.startswith("constructed-layers")]
+    shared = [case for case in report.cases if case.case == "importance"]
+    if built or shared:
+        parts.append(_layer_table(shared, built))
+    steps = [case for case in report.cases if "kept_bytes_fraction" in case.metrics]
+    if steps:
+        parts.append(_step_table(steps))
+    machine = report.machine
+    parts.append(
+        f"Printed by `serval bench {report.bench}` on {machine['cpu']}, {machine['threads']} "
+        f"threads, torch {machine['torch']}, {machine['date']}."
+    )
+    return "\n\n".join(parts)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _quality_table(scored: Sequence[Case]) -> str:
+    keeps = sorted({case.metrics["keep"] for case in scored})
+    found = {(case.metrics["policy"], case.metrics["keep"]): case.metrics for case in scored}
+    policies = dict.fromkeys(case.metrics["policy"] for case in scored)
+    cells = {
+        "perplexity": lambda metrics: f"{metrics['perplexity']:.1f}",
+        "answers": lambda metrics: f"{metrics['retrieval']:.0%}",
+    }
+    names = [f"{name} at {keep:.0%}" for name in cells for keep in keeps]
+    rows = [
+        [policy]
+        + [
+            cell(found[policy, keep]) if (policy, keep) in found else ""
+            for cell in cells.values()
+            for keep in keeps
+        ]
+        for policy in policies
+    ]
+    whole = scored[0].metrics
+    caption = (
+        f"Perplexity of continuations ({whole['whole_perplexity']:.1f} with the whole cache) and "
+        f"right answers ({whole['whole_retrieval']:.0%} with the whole cache), by share of the "
+        "entries kept:"
+    )
+    return f"{caption}\n\n{_table(['policy', *names], rows)}"
+
+
+def _layer_table(shared: Sequence[Case], built: Sequence[Case]) -> str:
+    """Least retained attention of any layer, and largest output error of constructed layers."""
+    rows: dict[int, list[str]] = {}
+    for case in shared:
+        for name, value in case.metrics.items():
+            prefix, _, percent = name.rpartition("_")
+            if prefix == "least_retained_prefixkv":
+                uniform = case.metrics[f"least_retained_uniform_{percent}"]
+                rows[int(percent)] = [f"{percent} %", f"{value:.0%}", f"{uniform:.0%}"]
+    for case in built:
+        percent = round(100 * case.metrics["keep"])
+        row = rows.setdefault(percent, [f"{percent} %", "", ""])
+        row += [
+            f"{case.metrics[f'largest_error_{policy}']:.2f}"
+            for policy in ("prefixkv", "uniform", "pyramid")
+        ]
+    names = ["kept", "least attention kept by a layer: prefixkv", "uniform"]
+    if built:
+        names += ["largest error, constructed layers: prefixkv", "uniform", "pyramid"]
+    width = len(names)
+    return _table(names, [row + [""] * (width - len(row)) for _, row in sorted(rows.items())])
+
+
+def _step_table(steps: Sequence[Case]) -> str:
+    first = steps[0].metrics
+    caption = (
+        f"{first['sequences']} sequences of {first['context']} tokens, against the whole cache in "
+        "turn:"
+    )
+    rows = []
+    for case in steps:
+        ratio = "" if case.ratio is None else f"{case.ratio:.2f}x"
+        step = "" if case.ours is None else f"{1e3 * case.ours:.0f} ms"
+        rows.append([case.case, f"{case.metrics['kept_bytes_fraction']:.1%}", step, ratio])
+    return f"{caption}\n\n{_table(['case', 'bytes of blocks', 'decode step', 'ratio'], rows)}"
+
+
+def draw(report: Report, path: Path) -> None:
     """PNG: Lorenz curves per layer, and perplexity by budget per policy. Raises ConfigError when
     the report lacks either."""
+    cases = report.cases
     found = [case.metrics for case in cases if case.case == "importance"]
     scored = [case.metrics for case in cases if "perplexity" in case.metrics]
     if not found or not scored:
@@ -58,17 +149,13 @@ def draw(cases: Sequence[Case]) -> bytes:
     right.set_yscale("log")
     right.set_title("one budget, split in different ways", fontsize=10)
     right.legend(fontsize=7)
-    return png(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(figure))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line above."""
-    parser = argparse.ArgumentParser(description="Draw the result of `serval bench prefixkv`.")
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--picture", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    given.picture.parent.mkdir(parents=True, exist_ok=True)
-    given.picture.write_bytes(draw(read_report(given.report).cases))
+    """The command of the module's text."""
+    report_command("prefixkv", result_table, draw, arguments)
 
 
 if __name__ == "__main__":

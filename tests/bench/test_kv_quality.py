@@ -31,6 +31,8 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     assert full["perplexity_change"] == full["retrieval_change"] == 0
     assert ours["kl"] > 1e-3  # what is measured sees quantised keys
     assert 2 < ours["bits"] < 4 < full["bits"]
+    assert full["served_perplexity"] == pytest.approx(full["perplexity"], rel=1e-5)
+    assert full["perplexity"] < ours["served_perplexity"] < ours["perplexity"]
     with pytest.raises(SystemExit):
         kv_quality_report.main([str(target), "--page", str(tmp_path / "page.md")])
 
@@ -78,7 +80,8 @@ def made(retrieval_change: float) -> Report:
     model = {
         "perplexity": 5.0, "kl": 0.01, "same_top": 0.9, "retrieval": 0.8, "variables": 0.5,
         "retrieval_spread": [0.7, 0.9], "variables_spread": [0.4, 0.6], "bits": 3.0,
-        "perplexity_change": 0.01, "retrieval_change": retrieval_change,
+        "perplexity_change": 0.01, "served_perplexity_change": 0.005,
+        "retrieval_change": retrieval_change,
     }  # fmt: skip
     cases = [Case("full", None, metrics={**model, "kv": "full", "window": 0})]
     for kv, kl in (("oscar", 0.01), ("kivi", 0.02)):
@@ -92,7 +95,7 @@ def made(retrieval_change: float) -> Report:
 def test_the_report_says_whether_claims_are_met(tmp_path: Path) -> None:
     for change, verdict in ((-0.5, "met"), (-3.0, "not met")):
         (line,) = [x for x in kv_quality_report.findings(made(change)) if "2 %" in x]
-        assert line.endswith(f": {verdict}.")
+        assert line.endswith(f": {verdict}, met, met.")
     lines = kv_quality_report.findings(made(0.0))
     assert any("0.50 of that of kivi" in line for line in lines)
     assert sum("Keys of two norms" in line for line in lines) == 2

@@ -8,7 +8,7 @@ import pytest
 
 from serval import bench
 from serval.bench import prefixkv_report
-from serval.bench.harness import Case
+from serval.bench.harness import Case, Report
 from serval.bench.prefixkv import POLICIES
 from serval.errors import ConfigError
 
@@ -36,8 +36,17 @@ def test_quick_run_and_picture(tmp_path: Path) -> None:
     picture = tmp_path / "prefixkv.png"
     prefixkv_report.main([str(target), "--picture", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
+    table = prefixkv_report.result_table(report)
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert f"| {cases['tiny-decode-keep20'].ratio:.2f}x |" in table
+    for policy in POLICIES:
+        score = cases[f"serval-tiny-{policy}-keep20"].metrics
+        cells = f"{score['perplexity']:.1f} | {score['retrieval']:.0%}"
+        assert f"| {policy} | {cells} |" in lines
+    assert f"| {built['largest_error_prefixkv']:.2f} |" in table
 
 
-def test_a_picture_needs_both_halves() -> None:
+def test_a_picture_needs_both_halves(tmp_path: Path) -> None:
+    report = Report("prefixkv", {}, [Case("tiny-decode-keep20", 1.0)])
     with pytest.raises(ConfigError, match="without --only"):
-        prefixkv_report.draw([Case("tiny-decode-keep20", 1.0)])
+        prefixkv_report.draw(report, tmp_path / "none.png")
