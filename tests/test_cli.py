@@ -11,8 +11,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import serval
-from serval import arguments, methods
-from serval.cli import app
+from serval import methods
+from serval.cli import app, arguments
 from serval.errors import ConfigError
 from serval.evaluate import EvalOptions
 from serval.server import serve

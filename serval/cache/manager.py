@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 
 from serval.cache.integrity import check_books
-from serval.cache.pool import chain_key
+from serval.cache.prefixes import Prefixes
+from serval.cache.states import check_states, states_free, take_states
 from serval.cache.tables import BlockTable, Group, SequenceCache
 from serval.errors import CacheError
 
 __all__ = ["BlockTable", "CacheManager", "Group", "SequenceCache"]
-
-_NO_STATE = "all sequence states are in use: free a sequence, or raise max_sequences"
 
 
 class CacheManager:
@@ -57,6 +56,7 @@ class CacheManager:
         self.groups = list(groups)
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self._prefixes = Prefixes(self.groups, block_size)
         self.max_staged_tokens = max_staged_tokens
         self.staged_tokens = 0
         self._staged_blocks = staged_blocks
@@ -144,7 +144,7 @@ class CacheManager:
         if not all(0 < count <= cache.num_tokens for count in kept):
             raise CacheError(f"groups of {cache.num_tokens} tokens cannot keep {list(kept)}")
         self._unstage(cache)
-        self._take_states(cache)
+        take_states(self.groups, cache)
         for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
             cache.evicted[index] = cache.num_tokens - kept[index]
             for _ in range(-(-group.in_blocks(kept[index]) // self.block_size)):
@@ -189,8 +189,8 @@ class CacheManager:
         free."""
         if cache.staged:
             return cache.num_tokens + count <= cache.staged
-        return self._blocks_free(self.blocks_needed(cache, count), reserve) and self._states_free(
-            [state < 0 for state in cache.states]
+        return self._blocks_free(self.blocks_needed(cache, count), reserve) and states_free(
+            self.groups, [state < 0 for state in cache.states]
         )
 
     def _blocks_free(self, needed: Sequence[int], reserve: int = 0) -> bool:
@@ -200,25 +200,6 @@ class CacheManager:
             if wanted and pool.num_free - self._reserved[index] < wanted:
                 return False
         return True
-
-    def _states_free(self, wanted: Sequence[bool]) -> bool:
-        """Whether a state can be had in each group for which one is wanted."""
-        left: dict[int, int] = {}
-        for want, group in zip(wanted, self.groups, strict=True):
-            if want and group.states is not None:
-                free = left.get(id(group.states), group.states.num_free)
-                if not free:
-                    return False
-                left[id(group.states)] = free - 1
-        return True
-
-    def _take_states(self, cache: SequenceCache) -> None:
-        """Give a sequence the states it lacks. Raises `CacheError`, having changed nothing."""
-        if not self._states_free([state < 0 for state in cache.states]):
-            raise CacheError(_NO_STATE)
-        for index, group in enumerate(self.groups):
-            if group.states is not None and cache.states[index] < 0:
-                cache.states[index] = group.states.allocate()
 
     def append(self, cache: SequenceCache, count: int) -> None:
         """Make room for `count` more tokens and count them as stored.
@@ -242,7 +223,7 @@ class CacheManager:
             cache.evicted = [cache.num_tokens] * len(self.groups)
             return
         if cache.num_tokens + count:
-            self._take_states(cache)
+            take_states(self.groups, cache)
         if cache.retention is not None:
             self._append_retained(cache, count)
         else:
@@ -300,14 +281,7 @@ class CacheManager:
         self._check_live(cache)
         if not self.prefix_caching or any(cache.evicted):
             return  # after an eviction, what follows was computed from other keys
-        stored = min(group.in_blocks(cache.num_tokens) for group in self.groups)
-        full = stored // self.block_size
-        if cache.published >= full:
-            return
-        self._extend_keys(cache, tokens, full)
-        for index in range(cache.published, full):
-            self._publish(cache, index)
-        cache.published = full
+        self._prefixes.publish(cache, tokens)
 
     def match_prefix(self, cache: SequenceCache, tokens: np.ndarray) -> int:
         """Let an empty sequence share the stored blocks that hold the start of `tokens`.
@@ -320,28 +294,7 @@ class CacheManager:
             raise CacheError("match_prefix needs an empty sequence; this one already holds tokens.")
         if not self.prefix_caching:
             return 0
-        limit = (len(tokens) - 1) // self.block_size
-        hits = 0
-        while hits < limit:
-            self._extend_keys(cache, tokens, hits + 1)
-            if any(
-                group.pool.find((index, cache.keys[hits])) is None
-                for index, group in enumerate(self.groups)
-            ):
-                break
-            hits += 1
-        while hits and not self._reusable(hits * self.block_size):
-            hits -= 1
-        del cache.keys[hits:]  # what is stored next need not be these tokens
-        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
-            for key in cache.keys[:hits]:
-                block = group.pool.find((index, key))
-                assert block is not None
-                group.pool.acquire(block)
-                table.push(block)
-        cache.num_tokens = hits * self.block_size
-        cache.published = hits
-        return cache.num_tokens
+        return self._prefixes.match(cache, tokens)
 
     def fork(self, cache: SequenceCache) -> SequenceCache:
         """A second sequence with the same contents; it shares every block until one of the two
@@ -349,8 +302,7 @@ class CacheManager:
         self._check_live(cache)
         if cache.staged:
             raise CacheError("a staged sequence cannot be forked before its prompt is complete")
-        if not self._states_free([state >= 0 for state in cache.states]):
-            raise CacheError(_NO_STATE)
+        check_states(self.groups, [state >= 0 for state in cache.states])
         tables = [table.copy() for table in cache.tables]
         child = SequenceCache(
             tables,
@@ -381,9 +333,9 @@ class CacheManager:
         self._check_length(cache, num_tokens)
         if (any(cache.evicted) or cache.retention is not None) and num_tokens < cache.num_tokens:
             raise CacheError("a sequence whose tokens are evicted cannot be truncated; reset it")
-        waiting = num_tokens and not self._reusable(num_tokens)
+        waiting = num_tokens and not self._prefixes.reusable(num_tokens)
         if waiting:
-            self._take_states(cache)
+            take_states(self.groups, cache)
         for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
             shorter = group.in_blocks(num_tokens) < group.in_blocks(cache.num_tokens)
             if waiting and group.delayed and shorter:
@@ -437,20 +389,6 @@ class CacheManager:
         if stored % self.block_size == 0:
             return False
         return self.groups[index].pool.references(cache.tables[index][-1]) > 1
-
-    def _reusable(self, num_tokens: int) -> bool:
-        """Whether a sequence of `num_tokens` has them all in blocks, which it can share."""
-        return all(group.in_blocks(num_tokens) == num_tokens for group in self.groups)
-
-    def _extend_keys(self, cache: SequenceCache, tokens: np.ndarray, count: int) -> None:
-        size = self.block_size
-        for index in range(len(cache.keys), count):
-            parent = cache.keys[-1] if cache.keys else cache.root
-            cache.keys.append(chain_key(parent, tokens[index * size : (index + 1) * size]))
-
-    def _publish(self, cache: SequenceCache, position: int) -> None:
-        for index, (group, table) in enumerate(zip(self.groups, cache.tables, strict=True)):
-            group.pool.publish(table[position], (index, cache.keys[position]))
 
     def _check_live(self, cache: SequenceCache) -> None:
         if id(cache) not in self._live:

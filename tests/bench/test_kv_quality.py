@@ -32,7 +32,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     assert ours["kl"] > 1e-3  # what is measured sees quantised keys
     assert 2 < ours["bits"] < 4 < full["bits"]
     assert full["served_perplexity"] == pytest.approx(full["perplexity"], rel=1e-5)
-    assert full["perplexity"] < ours["served_perplexity"] < ours["perplexity"]
+    assert ours["served_perplexity"] < ours["perplexity"]  # one chunk: exact
     with pytest.raises(SystemExit):
         kv_quality_report.main([str(target), "--page", str(tmp_path / "page.md")])
 

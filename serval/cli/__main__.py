@@ -1,0 +1,5 @@
+"""`python -m serval.cli`."""
+
+from serval.cli import main
+
+main()
