@@ -11,6 +11,8 @@ from typing import Any
 from serval.bench.harness import Case, Report
 from serval.errors import ConfigError
 
+# Metrics that are columns of Markdown tables, where any case has them.
+COLUMNS = {"state_mib": "state, MiB", "peer_state_mib": "peer's state, MiB"}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -119,9 +121,13 @@ def _metrics(case: Case) -> str:
 
 def results_table(reports: Sequence[Report]) -> str:
     """Markdown: one line per case with a peer or a quality metric, and the machines below."""
+    cases = [case for report in reports for case in report.cases]
+    metrics = [name for name in COLUMNS if any(name in case.metrics for case in cases)]
+    names = ["benchmark", "case", "Serval", "peer", "peer's value", "ratio (spread)"]
+    names += ["of the floor", *(COLUMNS[name] for name in metrics)]
     lines = [
-        "| benchmark | case | Serval | peer | peer's value | ratio (spread) | of the floor |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
+        "| " + " | ".join(names) + " |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: |" + " ---: |" * len(metrics),
     ]
     for report in reports:
         for case in report.cases:
@@ -137,6 +143,7 @@ def results_table(reports: Sequence[Report]) -> str:
                 _peer_value(case).replace("|", "/"),
                 ratio,
                 floor,
+                *(f"{case.metrics[name]:.0f}" if name in case.metrics else "" for name in metrics),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     lines.append("")

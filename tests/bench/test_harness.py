@@ -112,6 +112,21 @@ def test_the_table_is_made_of_results_only(tmp_path: Path) -> None:
         update_readme([tiny], tmp_path / "nowhere.md")
 
 
+def test_bytes_of_state_are_columns_where_a_case_has_them(tmp_path: Path) -> None:
+    readme, file = tmp_path / "README.md", tmp_path / "optim.json"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    step = Case("step", 1.0, "peer", 2.0, 2.0, metrics={"state_mib": 12.4, "peer_state_mib": 8})
+    write_report(Report("optim", MACHINE, [step, Case("other", 1.0)]), file)
+    update_readme([file], readme)
+    lines = readme.read_text().splitlines()
+    assert lines[1].endswith("| of the floor | state, MiB | peer's state, MiB |")
+    assert lines[3].endswith("| 12 | 8 |")
+    assert len({line.count("|") for line in lines[1:5]}) == 1
+    write_report(report(), file)
+    update_readme([file], readme)
+    assert "state" not in readme.read_text()
+
+
 def test_arguments_of_the_other_kind_of_bench_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="belong to `serval bench table"):
         bench.run_command("decode", files=[tmp_path / "a.json"])
