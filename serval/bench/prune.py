@@ -5,7 +5,9 @@ its units are gone: as many steps on rows of the model's own recipe, with the sa
 masks and distillation. MaskPrune trains before that too, while it learns its masks; "taylor-long"
 is Taylor's ranking that recovers for as many steps as MaskPrune trains in all, the fair peer at
 equal compute. The one-shot rankings get the widths that MaskPrune learnt; "taylor-even" keeps the
-same share of heads and of channels instead, which shows what the learnt split is worth. Quality is
+same share of heads and of channels instead, which shows what the learnt split is worth. Three seeds
+change the order of the rows (those that rank the units among them), the updates and the lots; every
+ranking has the widths that MaskPrune learnt with its seed. Quality is
 measured with `quality.Yardstick` on held-out text and questions of half the context.
 
 tokens/s of the narrower models and the whole one are measured in turn; the ratio is of decoding.
@@ -15,6 +17,7 @@ next.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -27,7 +30,7 @@ import serval
 from serval.bench.harness import Case, Setup
 from serval.bench.quality import Effort, Quality, Yardstick
 from serval.bench.shapes import cache_directory
-from serval.bench.training_runs import Shuffled, kept, kept_path
+from serval.bench.training_runs import Shuffled, kept, kept_path, paired
 from serval.compress.maskprune import Pruning, prune_decoder
 from serval.compress.maskprune.rows import RECIPE, RowStream, make_stream
 from serval.engine.llm import LLM
@@ -41,6 +44,7 @@ EVEN, LONG = "taylor-even", "taylor-long"
 ONE_SHOT = ("taylor", LONG, "wanda", "magnitude", "uniform", "random")
 METHODS = ("maskprune", *ONE_SHOT, EVEN)
 PHASES = {"warmup": 0.1, "ramp": 0.3, "kill": 0.2}
+SEEDS = 3
 REVISION = 2  # of the methods: results kept by an earlier one are computed again
 RECOVERY = 1 - sum(PHASES.values())  # share of MaskPrune's steps
 
@@ -69,8 +73,8 @@ QUICK_EFFORT = Effort(256, 128, context_tokens=96, questions=2, layer_tokens=64)
 class Bench:
     """The model, its text and its measure, each made when it is first needed."""
 
-    def __init__(self, size: Size, effort: Effort, note: Callable[[str], None]) -> None:
-        self.size, self.effort, self.note = size, effort, note
+    def __init__(self, size: Size, effort: Effort, seeds: int, note: Callable[[str], None]) -> None:
+        self.size, self.effort, self.seeds, self.note = size, effort, range(seeds), note
         self.source = shipped_model()
         self.folder = cache_directory() / "prune"
 
@@ -98,7 +102,9 @@ class Bench:
     def load(self) -> Decoder:
         return checkpoint.load(self.source, dtype=torch.float32)
 
-    def pruning(self, method: str, keep: float, widths: dict[str, int] | None) -> Pruning:
+    def pruning(
+        self, method: str, keep: float, widths: dict[str, int] | None, seed: int
+    ) -> Pruning:
         """What `serval prune` would be asked; widths: those of heads and channels, not `keep`."""
         given = widths or {}
         whole, learns = self.size.steps, method == "maskprune"
@@ -110,20 +116,44 @@ class Bench:
             steps=whole if learns or method == LONG else round(RECOVERY * whole),
             batch_rows=self.size.batch_rows,
             calibration_rows=self.size.calibration_rows,
+            seed=seed,
             settings=dict(PHASES) if learns else {},
         )
 
-    def result(self, method: str, keep: float, widths: dict[str, int] | None) -> dict[str, Any]:
+    def result(
+        self, method: str, keep: float, widths: dict[str, int] | None, seed: int
+    ) -> dict[str, Any]:
         """The kept result of a run, or that of pruning and measuring now."""
-        pruning = self.pruning(method, keep, widths)
+        pruning = self.pruning(method, keep, widths, seed)
+        path = self._path(method, asdict(pruning))
+        new = not path.exists()
 
         def run() -> dict[str, Any]:
-            stream = Shuffled(self.rows, None)
+            stream = Shuffled(self.rows, seed or None)
             pruned, report = prune_decoder(self.load(), pruning, stream, note=lambda line: None)
             quality = _quality(self.yardstick.measure(pruned))
             return {**quality, **report.to_dict(), "steps": pruning.steps}
 
-        return kept(self._path(method, asdict(pruning)), run)
+        found = kept(path, run)
+        if new:
+            self.note(
+                f"  {keep:.0%} {method} seed {seed}: perplexity {found['perplexity']:.3f}, "
+                f"retrieval {found['retrieval']:.0%}, {found['seconds']:.0f} s"
+            )
+        return found
+
+    def results(self, method: str, keep: float) -> list[dict[str, Any]]:
+        """Of every seed; rankings have the widths that MaskPrune learnt with the same seed."""
+        found = []
+        for seed in self.seeds:
+            widths = self.learnt(keep, seed) if method in ONE_SHOT else None
+            found.append(self.result(method, keep, widths, seed))
+        return found
+
+    def learnt(self, keep: float, seed: int) -> dict[str, int]:
+        """Heads and channels that MaskPrune leaves."""
+        widths: dict[str, int] = self.result("maskprune", keep, None, seed)["widths"]
+        return widths
 
     def whole(self) -> dict[str, Any]:
         """The measures of the unpruned model."""
@@ -158,7 +188,7 @@ def _quality(quality: Quality) -> dict[str, Any]:
 def collect(setup: Setup) -> list[Case]:
     """The unpruned model, every method at every size, and the speed of each size."""
     size, effort = (QUICK, QUICK_EFFORT) if setup.quick else (FULL, FULL_EFFORT)
-    bench = Bench(size, effort, setup.note)
+    bench = Bench(size, effort, 1 if setup.quick else SEEDS, setup.note)
     wanted = {keep: _wanted(setup, keep) for keep in size.keeps}
     cases = []
     if setup.wants("serval-tiny-100"):
@@ -168,13 +198,12 @@ def collect(setup: Setup) -> list[Case]:
         if not methods:
             continue
         setup.note(f"{keep:.0%} of the parameters: {', '.join(methods)}")
-        learnt = bench.result("maskprune", keep, None)
-        shapes[keep] = learnt["widths"]
         for method in methods:
             if method != "speed":
-                cases.append(_case(bench, method, keep, learnt["widths"]))
-    timed = [keep for keep, methods in wanted.items() if "speed" in methods]
-    return [*cases, *_speeds(bench, {keep: shapes[keep] for keep in timed})]
+                cases.append(_case(bench, method, keep))
+            else:
+                shapes[keep] = bench.learnt(keep, 0)
+    return [*cases, *_speeds(bench, shapes)]
 
 
 def _name(keep: float, method: str) -> str:
@@ -185,28 +214,33 @@ def _wanted(setup: Setup, keep: float) -> list[str]:
     return [method for method in (*METHODS, "speed") if setup.wants(_name(keep, method))]
 
 
-def _case(bench: Bench, method: str, keep: float, learnt: dict[str, int]) -> Case:
-    widths = learnt if method in ONE_SHOT else None
-    found = bench.result(method, keep, widths)
+def _case(bench: Bench, method: str, keep: float) -> Case:
+    found = bench.results(method, keep)
     whole = bench.whole()["perplexity"]
+
+    def mean(name: str) -> float:
+        return statistics.mean(run[name] for run in found)
+
+    perplexities = [run["perplexity"] for run in found]
+    taught = [run["perplexity"] for run in bench.results("maskprune", keep)]
     metrics = {
         "method": method,
-        "steps": found["steps"],
-        "parameters": found["parameters_after"],
-        "parameters_kept": found["parameters_after"] / found["parameters_before"],
-        "key_value_heads": found["widths"]["heads"],
-        "intermediate_size": found["widths"]["channels"],
-        **{field.name: found[field.name] for field in fields(Quality)},
-        "perplexity_change": found["perplexity"] / whole - 1,
-        "loss": found["loss"][1],
-        "run_seconds": found["seconds"],
+        "steps": found[0]["steps"],
+        "parameters": mean("parameters_after"),
+        "parameters_kept": mean("parameters_after") / found[0]["parameters_before"],
+        "key_value_heads": [run["widths"]["heads"] for run in found],
+        "intermediate_size": [run["widths"]["channels"] for run in found],
+        **{field.name: mean(field.name) for field in fields(Quality)},
+        "perplexities": perplexities,
+        "retrievals": [run["retrieval"] for run in found],
+        "perplexity_change": mean("perplexity") / whole - 1,
+        "loss": statistics.mean(run["loss"][1] for run in found),
+        "run_seconds": mean("seconds"),
     }
-    if found["facts"]:
-        metrics["residual"] = found["facts"]["residual"]
-    bench.note(
-        f"  {method}: perplexity {metrics['perplexity']:.3f}, retrieval "
-        f"{metrics['retrieval']:.0%}, {found['seconds']:.0f} s"
-    )
+    if method != "maskprune":
+        metrics |= paired(perplexities, taught, "maskprune")
+    if found[0]["facts"]:
+        metrics["residual"] = statistics.mean(run["facts"]["residual"] for run in found)
     return Case(_name(keep, method), None, metrics=metrics)
 
 

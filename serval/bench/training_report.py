@@ -53,6 +53,16 @@ def spread(name: str) -> Callable[[dict[str, Any]], str]:
     return cell
 
 
+def each(name: str, digits: int = 0, scale: float = 1.0) -> Callable[[dict[str, Any]], str]:
+    """The value of every seed, or the one value if they agree."""
+
+    def cell(metrics: dict[str, Any]) -> str:
+        values = [f"{scale * value:.{digits}f}" for value in metrics.get(name, [])]
+        return ", ".join(values[:1] if len(set(values)) == 1 else values)
+
+    return cell
+
+
 def gap(name: str) -> Callable[[dict[str, Any]], str]:
     """Mean paired difference and its standard error, and in how many seeds it is below 0."""
 
@@ -122,16 +132,19 @@ LAYOUTS = {
         r"serval-tiny-(?P<panel>\d+)-(?P<arm>(?!speed).+)",
         (
             ("steps", plain("steps")),
-            ("key-value heads", plain("key_value_heads")),
-            ("channels", plain("intermediate_size")),
+            ("key-value heads", each("key_value_heads")),
+            ("channels", each("intermediate_size")),
             ("parameters", share("parameters_kept")),
             ("perplexity", number("perplexity", 2)),
+            ("of each seed", each("perplexities", 2)),
+            ("against MaskPrune, same seeds", gap("maskprune")),
             ("KL from the whole model", number("kl")),
             ("retrieval", share("retrieval")),
+            ("of each seed, %", each("retrievals", scale=100)),
             ("decode tokens/s", number("tokens_per_second", 0)),
             ("unpruned", number("peer_tokens_per_second", 0)),
         ),
-        "perplexity",
+        "perplexities",
         "perplexity",
         "{} % of the parameters",
         logarithmic=True,

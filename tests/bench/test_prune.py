@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from serval import bench
+from serval.bench import prune as bench_prune
 from serval.bench.harness import Setup
-from serval.bench.prune import FULL, METHODS, ONE_SHOT, Size, collect
+from serval.bench.prune import FULL, METHODS, ONE_SHOT, QUICK_EFFORT, Bench, Size, collect
 from serval.bench.table import read_report
 from serval.compress.maskprune.rows import RowStream
 
@@ -44,15 +45,30 @@ def test_methods_share_the_learnt_widths_and_finished_runs_are_kept(
                 assert metrics[key] == learnt[key]
     speed = by_name["serval-tiny-80-speed"]
     assert speed.ratio == pytest.approx(speed.peer_value / speed.ours, rel=1e-3)
-    assert speed.metrics["channels"] == learnt["intermediate_size"]
+    assert [speed.metrics["channels"]] == learnt["intermediate_size"]
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a kept result was computed again")
 
     monkeypatch.setattr("serval.bench.prune.prune_decoder", refuse)
+    assert learnt["perplexities"] == [learnt["perplexity"]]
+    gap = by_name["serval-tiny-80-random"].metrics["against_maskprune"]
+    others = by_name["serval-tiny-80-random"].metrics["perplexity"]
+    assert gap == pytest.approx(others - learnt["perplexity"], abs=1e-3 * others)
     again = collect(Setup(quick=True, only="80-wanda", note=lambda _: None))
     kept = by_name["serval-tiny-80-wanda"].metrics["perplexity"]
     assert [case.metrics["perplexity"] for case in again] == [pytest.approx(kept, rel=1e-4)]
+
+
+@pytest.mark.usefixtures("small")
+def test_seeds_differ_and_rankings_follow_their_own_seed(tmp_path: Path) -> None:
+    model = Bench(bench_prune.QUICK, QUICK_EFFORT, 2, lambda line: None)
+    learnt = [model.learnt(0.5, seed) for seed in range(2)]
+    taught = model.results("maskprune", 0.5)
+    ranked = model.results("wanda", 0.5)
+    assert [run["widths"] for run in ranked] == learnt
+    assert taught[0]["perplexity"] != taught[1]["perplexity"]
+    assert ranked[0]["perplexity"] != ranked[1]["perplexity"]
 
 
 def test_the_full_run_measures_every_method_at_three_sizes() -> None:
