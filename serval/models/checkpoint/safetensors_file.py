@@ -210,7 +210,7 @@ def _check_finite(stored: StoredTensor, block: Tensor) -> None:
         kind = "NaN" if torch.isnan(low) else "infinity"
         raise CheckpointError(
             f"tensor {stored.name!r} in {stored.path} holds {kind}; the checkpoint is damaged "
-            "(pass check_finite=False to load it all the same)"
+            "(in Python, check_finite=False loads it all the same)"
         )
 
 
