@@ -178,9 +178,8 @@ class BudgetedMemory(PagedMemory):
     def staging_bytes(self) -> int:
         return sum(staging.nbytes for staging in self.manager.stagings)
 
-    @property
-    def recordable(self) -> bool:
-        return not self._staged and all(layout.recordable for layout in self.layouts)
+    def can_record(self) -> bool:
+        return not self._staged and super().can_record()
 
     # A step
 

@@ -185,11 +185,10 @@ class PagedMemory:
         """Where this step's sequences live, one view per group."""
         return self._views
 
-    @property
-    def recordable(self) -> bool:
-        """Whether a decode step's kernel calls follow from the shapes in its views (see `Layout`).
-        A subclass answers for itself."""
-        return all(layout.recordable for layout in self.layouts)
+    def can_record(self) -> bool:
+        """Whether the current step's kernel calls follow from the shapes in its views (see
+        `Layout`). A subclass answers for itself."""
+        return all(layout.can_record(self._views[group]) for group, layout, _ in self._place)
 
     def attend(
         self,

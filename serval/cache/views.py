@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serval.cache.layouts.base import CacheView
-from serval.cache.manager import CacheManager, SequenceCache
+from serval.cache.manager import CacheManager, Group, SequenceCache
 
 
 class ViewBuilder:
@@ -76,6 +76,7 @@ class ViewBuilder:
                     lengths=own_lengths,
                     queries=queries,
                     states=self._state_slots(g, caches) if group.states is not None else None,
+                    stored=self._stored(group, own_lengths, queries) if group.delayed else None,
                 )
             )
         return views
@@ -110,6 +111,10 @@ class ViewBuilder:
         states = self._states[g][: len(caches)]
         states[:] = [cache.states[g] for cache in caches]
         return self._tensor(states)
+
+    def _stored(self, group: Group, lengths: list[int], queries: list[int]) -> Tensor:
+        counts = [group.in_blocks(max(0, n - new)) for n, new in zip(lengths, queries, strict=True)]
+        return self._tensor(np.array(counts, dtype=np.int32))
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)

@@ -87,9 +87,9 @@ class RecordedSteps:
         """Logits [N, V] of tokens int64 [N], valid until the next step; None when the step has to
         go the ordinary way. The memory knows where the step's sequences live."""
         rows = tokens.shape[0]
-        if not self.memory.recordable or not 0 < rows <= MAX_ROWS or batch.adapters is not None:
+        if not 0 < rows <= MAX_ROWS or batch.adapters is not None or rows in self.obstacles:
             return None
-        if rows in self.obstacles:
+        if not self.memory.can_record():
             return None
         now = self._model.read()
         if now is None:

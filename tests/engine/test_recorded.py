@@ -81,6 +81,30 @@ def test_quantized_layers_replay(bits: int, group: int | None, scales: str) -> N
     assert recorded.replayed > 15
 
 
+@pytest.mark.parametrize(
+    "kv", ["oscar:residual=32", "kivi:residual=32", "int4:residual=64", "q4_0"]
+)
+@pytest.mark.parametrize("weights", ["float", "quantized"])
+def test_low_bit_caches_replay_between_full_windows(weights: str, kv: str) -> None:
+    """Steps that fill a window go the ordinary way; quantised weights leave the values' rotation to
+    the step."""
+    decoder = quantized("qk-norm", 4, 16, "integer") if weights == "quantized" else tiny_decoder()
+    params = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, logprobs=2)
+    llm, recorded = engine(decoder, kv=kv, block_size=32)
+    layout = llm.memory.layouts[0]
+    assert written(llm.generate(PROMPTS, params)) == ordinary(decoder, params, kv=kv, block_size=32)
+    assert not recorded.obstacles
+    fills = sum((n + 89) // layout.residual for n in map(len, PROMPTS))
+    assert 90 - 4 - fills <= recorded.replayed <= 88
+
+
+def test_low_bit_caches_with_first_tokens_kept_go_the_ordinary_way() -> None:
+    decoder, kv = tiny_decoder(), "oscar:residual=32,sinks=4"
+    llm, recorded = engine(decoder, kv=kv, block_size=32)
+    assert written(llm.generate(PROMPTS, PARAMS)) == ordinary(decoder, kv=kv, block_size=32)
+    assert recorded.replayed == 0
+
+
 @pytest.mark.parametrize("name", ["moe", "mla", "shortcut"])
 def test_models_that_need_pytorch_go_the_ordinary_way(name: str) -> None:
     decoder = tiny_decoder(name)

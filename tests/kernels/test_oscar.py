@@ -211,3 +211,27 @@ def test_what_does_not_fit_says_so() -> None:
         oscar.store(fmt, *rows(fmt, 40), torch.tensor([1]), storage)
     with pytest.raises(CacheError, match="1 blocks of 32"):
         oscar.fetch(fmt, storage, torch.tensor([1]), 33)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_go_where_their_length_says(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(oscar._HOLD, "get", lambda: None)
+    wide = torch.randn(3, 2, 16 + 32 + 5)  # k and v are parts of wider rows
+    k, v = wide[:, :, :16].contiguous(), wide.flatten(1)[:, 7 : 7 + 64].unflatten(1, (2, 32))
+    residual = torch.zeros(4, 8, 2, 16), torch.zeros(4, 8, 2, 32)
+    states, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([3, 0, 1], [1, 16, 11]))
+    oscar.hold(k, v, states, lengths, *residual)
+    for held, new in zip(residual, (k, v), strict=True):
+        wanted = torch.zeros_like(held)
+        wanted[3, 0], wanted[0, 7], wanted[1, 2] = new
+        assert torch.equal(held, wanted)
+
+
+def test_rows_of_states_that_do_not_exist_are_refused() -> None:
+    k, residual = torch.ones(2, 1, 32), torch.zeros(2, 8, 1, 32)
+    for states, lengths in (([0, 2], [1, 1]), ([0, -1], [1, 1]), ([0, 1], [1, 0])):
+        given = (torch.tensor(x, dtype=torch.int32) for x in (states, lengths))
+        with pytest.raises(CacheError, match="do not fit 2 states"):
+            oscar.hold(k, k, *given, residual, residual.clone())
+    assert not residual.any()

@@ -36,6 +36,19 @@ def test_the_fast_transform_is_the_dense_product(dim: int) -> None:
     torch.testing.assert_close(kernels.hadamard(view), wanted[0][:, 1:2], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("arch")
+@pytest.mark.parametrize("rows", [1, 5, 2100])
+def test_heads_inside_a_wider_matrix_need_no_copy(rows: int) -> None:
+    wide = torch.randn(rows, 5 * 96)
+    q, k = wide[:, : 3 * 96].unflatten(1, (3, 96)), wide[:, 3 * 96 :].unflatten(1, (2, 96))
+    pair = kernels.hadamard_pair(q, k)
+    for x, got in ((q, kernels.hadamard(q)), (q, pair[0]), (k, pair[1])):
+        assert got.is_contiguous()
+        assert torch.equal(got, kernels.hadamard(x.contiguous()))
+    head = wide.unflatten(1, (5, 96))[:, ::2]  # heads apart: copied
+    assert torch.equal(kernels.hadamard(head), kernels.hadamard(head.contiguous()))
+
+
 def test_it_is_large_enough_for_two_threads_and_keeps_every_row() -> None:
     x, y = torch.randn(3000, 128), torch.randn(1200, 128)
     threads = torch.get_num_threads()

@@ -36,7 +36,7 @@ class CacheView:
     [N + 1]. lengths, queries: the last two as Python ints per sequence (for layouts that branch).
     states: int32 [N], the slot of each sequence's state (None: the layout keeps none). A layout
     that stores with delay gets no slots: it finds its rows by position in block_tables, which hold
-    `in_blocks(length)` tokens.
+    `in_blocks(length)` tokens, of which `stored`, int32 [N], were there before this step.
     """
 
     slots: Tensor
@@ -46,6 +46,7 @@ class CacheView:
     lengths: list[int]
     queries: list[int]
     states: Tensor | None = None
+    stored: Tensor | None = None
 
 
 class Layout(ABC):
@@ -64,7 +65,8 @@ class Layout(ABC):
     unbounded: whether a sequence may be longer than the model's context, because queries see
     bounded distances only.
     recordable: whether the kernel calls of a decode step depend on the shapes in its view only, not
-    on lengths or other values, so that they may be recorded and made again (`engine.recorded`).
+    on lengths or other values, so that they may be recorded and made again (`engine.recorded`). A
+    layout of which only some steps are so overrides `can_record`.
     """
 
     name: ClassVar[str]
@@ -168,6 +170,11 @@ class Layout(ABC):
         """How many of a sequence's first `num_tokens` tokens lie in blocks after a step. It never
         falls as `num_tokens` grows, and is `num_tokens` unless `delayed`."""
         return num_tokens
+
+    def can_record(self, view: CacheView) -> bool:
+        """Whether the kernel calls of this decode step are those of any other of its shapes for
+        which this is true (see `recordable`)."""
+        return self.recordable
 
     def prepare(self, modules: Sequence[nn.Module], rotary: tuple[Tensor, Tensor]) -> None:
         """Called once before the first step: `modules` are the attention modules of the group, in

@@ -60,23 +60,41 @@ class Chunk:
         return _weighted(z.masked_fill_(hidden[:, None], float("-inf")), v[None])
 
 
+def decodes_only(view: CacheView, residual: int, sinks: int) -> bool:
+    """Whether every sequence computes one token that goes into its window and does not fill it."""
+    return (
+        not sinks
+        and view.stored is not None
+        and all(count == 1 for count in view.queries)
+        and all(length % residual for length in view.lengths)
+    )
+
+
 class Step:
     """What a step's sequences need, from their view.
 
     rows: int64 [n] or a slice, the rows of sequences that compute one token (None: there are none);
     tables, stored, lengths, states: int32, of these, tokens counted without the first ones. full:
     (state, blocks to fill) of those whose window this step fills. chunks: the other sequences.
+    window, first: where decoded rows go, None where no row does, or when all go into the window and
+    `lengths` say where.
     """
 
     def __init__(self, view: CacheView, block_size: int, residual: int, sinks: int) -> None:
         assert view.states is not None
         self.view, self.sinks = view, sinks
-        states = view.states.tolist()
         self.rows: Tensor | slice | None = None
         self.window: Place | None = None
         self.first: Place | None = None
         self.full: list[tuple[int, Tensor]] = []
         self.chunks: list[Chunk] = []
+        if decodes_only(view, residual, sinks):  # reads no tensor, so that it can be recorded
+            assert view.stored is not None
+            self.rows = slice(0, len(view.lengths))
+            self.states, self.tables = view.states, view.block_tables
+            self.lengths, self.stored = view.context_lens, view.stored
+            return
+        states = view.states.tolist()
         decoded: list[int] = []
         starts: list[int] = []
         stored: list[int] = []

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from serval import kernels
 from serval.cache.layouts.base import CacheView, Layout
-from serval.cache.layouts.exact_rows import Chunk, Step, merge, old_and_new
+from serval.cache.layouts.exact_rows import Chunk, Step, decodes_only, merge, old_and_new
 from serval.errors import CacheError
 from serval.kernels import oscar
 from serval.models.attention import AttentionSpec
@@ -168,6 +168,9 @@ class OScaRLayout(Layout):
             for dim in (spec.head_dim, spec.v_head_dim)
         ]
 
+    def can_record(self, view: CacheView) -> bool:
+        return decodes_only(view, self.residual, self.sinks)
+
     def prepare(self, modules: Sequence[nn.Module], rotary: tuple[Tensor, Tensor]) -> None:
         self._modules = list(modules)
         if self.rotate:
@@ -210,7 +213,7 @@ class OScaRLayout(Layout):
             wide, k = kernels.hadamard_pair(wide, k)
         if self._turns_values(slot):
             v = kernels.hadamard(v)
-        o = wide.new_empty(*q.shape[:2], v.shape[-1])
+        o = wide.new_empty(*q.shape[:2], v.shape[-1]) if plan.chunks else wide
         if plan.rows is not None:
             self._hold(slot, plan, k[plan.rows], v[plan.rows])
             decoded = self._decode(slot, plan, wide[plan.rows], scale, sinks)
@@ -270,6 +273,9 @@ class OScaRLayout(Layout):
     def _hold(self, slot: int, step: Step, k: Tensor, v: Tensor) -> None:
         """Put decoded rows k [n, Hkv, D], v [n, Hkv, Dv] into the states, before they are read."""
         tensors = self.states[slot]
+        if step.window is None and step.first is None:
+            oscar.hold(k, v, step.states, step.lengths, *tensors[:2])
+            return
         for place, rows in ((step.window, tensors[:2]), (step.first, tensors[2:])):
             if place is not None:
                 rows[0][place.states, place.rows] = k[place.taken]

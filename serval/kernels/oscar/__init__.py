@@ -35,6 +35,7 @@ __all__ = [
     "attend",
     "bytes_per_token",
     "fetch",
+    "hold",
     "shapes",
     "store",
 ]
@@ -44,6 +45,7 @@ PIECE = 1024  # tokens dequantised at a time for more rows
 
 _STORE = jit.Kernel("oscar", "oscar_store", "pppp ppp l i")
 _FETCH = jit.Kernel("oscar", "oscar_fetch", "pppp pl pp i")
+_HOLD = jit.Kernel("oscar", "oscar_hold", "pll pll pp l pp ll")
 _ATTEND = jit.Kernel("oscar", "oscar_attend", "pppp pl pl ppp l pp p ll f p pp i")
 
 
@@ -61,6 +63,7 @@ def _format(fmt: QuantizedKV, per_block: int, blocks: int) -> ctypes.Array[ctype
 def _pointers(fmt: QuantizedKV, storage: list[Tensor]) -> tuple[int, int, int, int | None]:
     """The leading arguments of every C function."""
     made = _format(fmt, storage[0].shape[2], storage[0].shape[0])
+    jit.keep(made)
     norms = storage[2].data_ptr() if fmt.norms else None
     return ctypes.addressof(made), storage[0].data_ptr(), storage[1].data_ptr(), norms
 
@@ -107,6 +110,44 @@ def allocate(
         zeros(num_blocks, *shape, dtype=getattr(torch, dtype))
         for shape, dtype in shapes(fmt, block_size)
     ]
+
+
+@functools.lru_cache(maxsize=64)
+def _single_rows(count: int, device: torch.device) -> Tensor:
+    """`query_starts` of sequences of one row each."""
+    return torch.arange(count + 1, dtype=torch.int32, device=device)
+
+
+def hold(
+    k: Tensor, v: Tensor, states: Tensor, lengths: Tensor, residual_k: Tensor, residual_v: Tensor
+) -> None:
+    """Put each sequence's last row into its window.
+
+    Args:
+        k, v: [n, Hkv, D] and [n, Hkv, Dv] float32, the row of each sequence.
+        states, lengths: int32 [n]; the row goes to residual row (length - 1) % R of the state.
+        residual_k, residual_v: [S, R, Hkv, D] and [S, R, Hkv, Dv] float32.
+
+    Raises CacheError for a state that does not exist or a sequence without tokens.
+    """
+    tensors = (k, v, states, lengths, residual_k, residual_v)
+    rows = [x.dtype == torch.float32 and x[0].is_contiguous() for x in (k, v)] if len(k) else []
+    function = _HOLD.get() if rows and all(rows) and all(x.is_cpu for x in tensors) else None
+    if function is None:
+        at = states.long(), (lengths.long() - 1) % residual_k.shape[1]
+        residual_k[at], residual_v[at] = k.to(residual_k), v.to(residual_v)
+        return
+    states, lengths = _dense(states, torch.int32), _dense(lengths, torch.int32)
+    status = function(
+        k.data_ptr(), k.stride(0), k[0].numel(), v.data_ptr(), v.stride(0), v[0].numel(),
+        states.data_ptr(), lengths.data_ptr(), len(k), residual_k.data_ptr(),
+        residual_v.data_ptr(), *residual_k.shape[:2],
+    )  # fmt: skip
+    if status:
+        raise CacheError(
+            f"states {states.tolist()} of sequences of {lengths.tolist()} tokens do not fit "
+            f"{residual_k.shape[0]} states"
+        )
 
 
 def _check_rows(fmt: QuantizedKV, k: Tensor, v: Tensor, block_ids: Tensor, size: int) -> None:
@@ -228,7 +269,8 @@ def attend(
     any token o is 0 and lse -inf. Raises CacheError when lengths or block ids do not fit.
     """
     if query_starts is None:
-        query_starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+        query_starts = _single_rows(q.shape[0], q.device)
+        jit.keep(query_starts)
         few = True
     else:
         few = int((query_starts[1:] - query_starts[:-1]).max()) <= FEW if len(stored) else True

@@ -41,6 +41,24 @@ EXPORT int oscar_fetch(const Format* format, uint8_t* records, uint8_t* exponent
   return 0;
 }
 
+// Rows k [n, k_row numbers], v alike, k_stride and v_stride apart, to row (length - 1) % capacity of their states. Returns 0, or
+// 1: a length is 0, 3: a state does not exist; then nothing is written.
+EXPORT int oscar_hold(const float* k, int64_t k_stride, int64_t k_row, const float* v, int64_t v_stride, int64_t v_row,
+                      const int32_t* states, const int32_t* lens, int64_t n, float* residual_k, float* residual_v, int64_t slots,
+                      int64_t capacity) {
+  for (int64_t i = 0; i < n; i++) {
+    if (lens[i] < 1) return 1;
+    if (states[i] < 0 || states[i] >= slots) return 3;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t to = states[i] * capacity + (lens[i] - 1) % capacity;
+    memcpy(residual_k + to * k_row, k + i * k_stride, k_row * sizeof(float));
+    memcpy(residual_v + to * v_row, v + i * v_stride, v_row * sizeof(float));
+  }
+  return 0;
+}
+PACKED(oscar_hold)
+
 EXPORT int oscar_attend(const Format* format, uint8_t* records, uint8_t* exponents, float* norms, const float* q, int64_t heads,
                         const int32_t* tables, int64_t width, const int32_t* stored, const int32_t* lens, const int32_t* starts,
                         int64_t sequences, const float* residual_k, const float* residual_v, const int32_t* states,
@@ -50,3 +68,4 @@ EXPORT int oscar_attend(const Format* format, uint8_t* records, uint8_t* exponen
                residual_k, residual_v, slots, capacity, sinks, out, lse};
   return attend_packed(c, q, scale, threads);
 }
+PACKED(oscar_attend)

@@ -12,7 +12,7 @@ from torch import Tensor
 from serval.kernels import jit
 from serval.kernels.walsh_hadamard import reference
 
-_KERNEL = jit.Kernel("walsh_hadamard", "walsh_hadamard", "ppl ppl l f i")
+_KERNEL = jit.Kernel("walsh_hadamard", "walsh_hadamard", "pplll pplll l f i")
 
 
 def _block(dim: int, block: int | None) -> int:
@@ -29,6 +29,15 @@ def _fast(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_cpu and not jit.differentiating(x)
 
 
+def _runs(x: Tensor, block: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """x as the kernel can read it, copied if it must be: (blocks, dense ones in a run, numbers from
+    one run to the next)."""
+    count = x.numel() // block
+    if x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]:  # heads of a wider matrix
+        return x, (count, max(1, x.shape[1] * x.shape[2] // block), x.stride(0))
+    return x.contiguous(), (count, max(1, count), 0)
+
+
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     """x [..., D] times the normalised Sylvester-Hadamard matrix of order `block`, repeated along
     the diagonal (default: the largest power of two that divides D).
@@ -40,10 +49,10 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     function = _KERNEL.get() if _fast(x) and jit.plain(x) else None
     if function is None:
         return reference.hadamard(x, block)
-    x = x.contiguous()
-    out = torch.empty_like(x)
+    x, given = _runs(x, block)
+    out = torch.empty(x.shape)
     function(
-        x.data_ptr(), out.data_ptr(), x.numel() // block, None, None, 0, block, block**-0.5,
+        x.data_ptr(), out.data_ptr(), *given, None, None, 0, 1, 0, block, block**-0.5,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -56,11 +65,10 @@ def hadamard_pair(x: Tensor, y: Tensor, block: int | None = None) -> tuple[Tenso
     function = _KERNEL.get() if usable else None
     if function is None:
         return hadamard(x, block), hadamard(y, block)
-    x, y = x.contiguous(), y.contiguous()
-    outs = torch.empty_like(x), torch.empty_like(y)
+    (x, x_runs), (y, y_runs) = _runs(x, block), _runs(y, block)
+    outs = torch.empty(x.shape), torch.empty(y.shape)
     function(
-        x.data_ptr(), outs[0].data_ptr(), x.numel() // block,
-        y.data_ptr(), outs[1].data_ptr(), y.numel() // block,
+        x.data_ptr(), outs[0].data_ptr(), *x_runs, y.data_ptr(), outs[1].data_ptr(), *y_runs,
         block, block**-0.5, torch.get_num_threads(),
     )  # fmt: skip
     return outs

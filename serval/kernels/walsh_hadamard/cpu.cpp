@@ -1,4 +1,5 @@
 // The Walsh-Hadamard transform of rows, in registers where a block is at most 256 numbers. Floor in __init__.py.
+#include <algorithm>
 #include "simd.h"
 
 // v[i] +- v[i with its lanes exchanged at distance `half`], for half < W: a butterfly inside vectors.
@@ -65,14 +66,24 @@ static void rows(const float* x, float* y, int64_t count, int64_t block, float s
   }
 }
 
-// y = x H / sqrt(block) for `count` dense blocks of each of two inputs; the second may have none.
-EXPORT int walsh_hadamard(const float* x, float* y, int64_t count, const float* x2, float* y2, int64_t count2, int64_t block,
-                          float scale, int threads) {
+// Blocks begin..end of an input whose `run` blocks are dense, and the next ones `stride` numbers on.
+static void span(const float* x, float* y, int64_t run, int64_t stride, int64_t begin, int64_t end, int64_t block, float scale) {
+  while (begin < end) {
+    const int64_t first = begin % run, n = std::min(end - begin, run - first);
+    rows(x + begin / run * stride + first * block, y + begin * block, n, block, scale);
+    begin += n;
+  }
+}
+
+// y = x H / sqrt(block) for `count` blocks of each of two inputs, y dense; the second may have none.
+EXPORT int walsh_hadamard(const float* x, float* y, int64_t count, int64_t run, int64_t stride, const float* x2, float* y2,
+                          int64_t count2, int64_t run2, int64_t stride2, int64_t block, float scale, int threads) {
   const int64_t total = count + count2;
   parallel_for(total, total * block < 262144 ? 1 : threads, [&](int64_t begin, int64_t end) {
-    const int64_t middle = begin > count ? begin : end < count ? end : count;
-    if (begin < middle) rows(x + begin * block, y + begin * block, middle - begin, block, scale);
-    if (middle < end) rows(x2 + (middle - count) * block, y2 + (middle - count) * block, end - middle, block, scale);
+    const int64_t middle = std::max(begin, std::min(end, count));
+    span(x, y, run, stride, begin, std::min(end, middle), block, scale);
+    span(x2, y2, run2, stride2, std::max<int64_t>(0, begin - count), end - count, block, scale);
   });
   return 0;
 }
+PACKED(walsh_hadamard)
