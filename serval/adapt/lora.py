@@ -84,7 +84,10 @@ class LoraLinear(nn.Module):
     `set_beta`. enabled: False gives the base model, exactly, for every beta.
     """
 
-    parameter_roles = {"lora_A": Role.HIDDEN_MATRIX, "lora_B": Role.HIDDEN_MATRIX}  # noqa: RUF012
+    parameter_roles = {  # noqa: RUF012
+        "lora_A": Role.LOW_RANK_FACTOR,
+        "lora_B": Role.LOW_RANK_FACTOR,
+    }
 
     def __init__(self, base: nn.Module, options: LoraOptions) -> None:
         super().__init__()

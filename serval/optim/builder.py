@@ -160,12 +160,23 @@ ORTHOGONALISED = (Role.HIDDEN_MATRIX, Role.EXPERT_STACK)
 
 
 def _muon(
-    kind: type[Muon], model: nn.Module, options: OptimizerOptions, **more: Any
+    kind: type[Muon],
+    model: nn.Module,
+    options: OptimizerOptions,
+    note: Callable[[str], None],
+    **more: Any,
 ) -> MixedOptimizer:
     """`kind` for hidden matrices and expert stacks, its AdamW for the rest: one object."""
     lr = options.lr if options.muon_lr is None else options.muon_lr
     groups = []
-    for named in _param_groups(route(model), 1.0, options):
+    routed = route(model)
+    if routed and not any(named.role in ORTHOGONALISED for named in routed):
+        roles = ", ".join(sorted({str(named.role) for named in routed}))
+        note(
+            f"{kind.__name__} has nothing to orthogonalise here: no hidden matrix or expert stack "
+            f"is trained, only {roles}, which AdamW updates; its own options have no effect"
+        )
+    for named in _param_groups(routed, 1.0, options):
         muon = Role(named["role"]) in ORTHOGONALISED
         rate = named["lr"] * (lr if muon else options.lr)
         algorithm = "muon" if muon else "adamw"
@@ -191,21 +202,22 @@ def build_muon(
     model: nn.Module, options: OptimizerOptions, note: Callable[[str], None] = print
 ) -> MixedOptimizer:
     """Muon for hidden matrices and expert stacks, AdamW for the rest; see `serval.optim.muon`."""
-    return _muon(Muon, model, options)
+    return _muon(Muon, model, options, note)
 
 
 def build_mona(
     model: nn.Module, options: OptimizerOptions, note: Callable[[str], None] = print
 ) -> MixedOptimizer:
     """MONA for hidden matrices and expert stacks, AdamW for the rest; see `serval.optim.mona`."""
-    return _muon(Mona, model, options, alpha=options.mona_alpha, beta=options.mona_beta)
+    return _muon(Mona, model, options, note, alpha=options.mona_alpha, beta=options.mona_beta)
 
 
 def build_mona_lite(
     model: nn.Module, options: OptimizerOptions, note: Callable[[str], None] = print
 ) -> MixedOptimizer:
     """`build_mona` with its buffer in bfloat16."""
-    return _muon(Mona, model, options, alpha=options.mona_alpha, beta=options.mona_beta, lite=True)
+    more = {"alpha": options.mona_alpha, "beta": options.mona_beta}
+    return _muon(Mona, model, options, note, **more, lite=True)
 
 
 OPTIMIZERS: dict[str, Entry] = {

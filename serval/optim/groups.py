@@ -4,21 +4,24 @@ Optimizers never guess from shapes: a 2-D tensor may be a hidden matrix, an embe
 head, and the three want different treatment. The role is decided here from module identity:
 
 - a module may declare roles itself: ``parameter_roles = {"weight": Role.ROUTER}`` on its class;
-- otherwise the type of the module decides (``nn.Linear`` -> hidden matrix, ``nn.Embedding`` ->
-  embedding, a norm -> norm) and the names that Hugging Face checkpoints fixed (``lm_head``,
-  ``mlp.gate``, ``mlp.experts``);
+- a weight that any ``nn.Embedding`` of the model holds is an embedding, also when it is tied and
+  another owner comes first;
+- the module that `get_output_embeddings` returns (transformers) is the head;
+- otherwise the type of the module decides (``nn.Linear`` -> hidden matrix, a norm -> norm) and the
+  names that Hugging Face checkpoints and PEFT fixed (``lm_head``, ``embed_out``, ``mlp.gate``,
+  ``mlp.experts``, ``lora_A``);
+- an ``nn.Linear`` with a row per word of the vocabulary, in a model that does not tell its head, is
+  an error: it may be the head;
 - a bare parameter of one dimension is a bias; any other is an error, never a guess.
 
 A module whose parameter holds several matrices one below the other says so with
 ``parameter_splits = {"gate_up_proj": (rows, rows)}``.
-
-A parameter shared by two modules (tied embeddings) has the role of the first owner, which is the
-embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -38,17 +41,24 @@ class Role(StrEnum):
     ROUTER = "router"
     ROUTER_BIAS = "router_bias"
     EXPERT_STACK = "expert_stack"
+    LOW_RANK_FACTOR = "low_rank_factor"
 
 
 @dataclass(frozen=True)
 class RoleOptions:
     """How one role departs from the optimizer's settings.
 
-    lr: multiplier of the learning rate; weight_decay: None keeps the optimizer's value.
+    lr: multiplier of the learning rate; weight_decay: None keeps the optimizer's value. Both at
+    least 0 and finite, or ConfigError.
     """
 
     lr: float = 1.0
     weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ConfigError(f"{key} of a role is {value}; expected a finite number >= 0")
 
 
 # Decay shrinks what is multiplied into the residual stream; scales, offsets and router
@@ -56,6 +66,7 @@ class RoleOptions:
 DEFAULT_ROLE_OPTIONS: dict[Role, RoleOptions] = {
     Role.HIDDEN_MATRIX: RoleOptions(),
     Role.EXPERT_STACK: RoleOptions(),
+    Role.LOW_RANK_FACTOR: RoleOptions(),
     Role.HEAD: RoleOptions(),
     Role.ROUTER: RoleOptions(),
     Role.EMBEDDING: RoleOptions(weight_decay=0.0),
@@ -78,15 +89,67 @@ class NamedParameter:
     split_sizes: tuple[int, ...] | None = None
 
 
-def _role_of(owner: nn.Module, owner_name: str, attribute: str, parameter: nn.Parameter) -> Role:
+HEADS = ("lm_head", "embed_out", "score", "classifier")  # GPT-NeoX; sequence classification
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+NO_HEAD = object()
+
+
+class _Vocabulary:
+    """What a model tells of its embeddings and its head.
+
+    embeddings, heads: ids of their weights. rows: of the largest embedding, 0 without one. told:
+    whether it is known which parameter makes the logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+        self.embeddings = {id(weight) for weight in tables}
+        self.rows = max((len(weight) for weight in tables if weight.ndim == 2), default=0)
+        self.heads = {
+            id(weight)
+            for head in _heads(model)
+            if isinstance(weight := getattr(head, "weight", None), nn.Parameter)
+        }
+        tied = any(
+            id(module.weight) in self.embeddings
+            for module in model.modules()
+            if isinstance(module, nn.Linear)
+        )
+        # `lm_head = None`: the embedding makes the logits
+        empty = any(getattr(m, "lm_head", NO_HEAD) is None for m in model.modules())
+        self.told = bool(self.heads) or tied or empty
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in HEADS:
+            yield module
+        ask = getattr(module, "get_output_embeddings", None)
+        try:
+            found = ask() if callable(ask) else None
+        except NotImplementedError:
+            continue
+        if isinstance(found, nn.Module):
+            yield found
+
+
+def _role_of(
+    owner: nn.Module,
+    owner_name: str,
+    attribute: str,
+    parameter: nn.Parameter,
+    vocabulary: _Vocabulary,
+) -> Role:
     declared: Mapping[str, Role] = getattr(owner, "parameter_roles", {})
     if attribute in declared:
         return Role(declared[attribute])
     path = owner_name.split(".")
-    if path[-1] == "lm_head" and attribute == "weight":
-        return Role.HEAD
-    if isinstance(owner, nn.Embedding):
+    if id(parameter) in vocabulary.embeddings:
         return Role.EMBEDDING
+    if any(name in FACTORS for name in (*path[-2:], attribute)):
+        return Role.LOW_RANK_FACTOR
+    if id(parameter) in vocabulary.heads:
+        return Role.HEAD
     if path[-1] in ("gate", "router") and attribute in ("weight", "bias"):
         return Role.ROUTER if attribute == "weight" else Role.ROUTER_BIAS
     if path[-1] == "experts":
@@ -94,6 +157,12 @@ def _role_of(owner: nn.Module, owner_name: str, attribute: str, parameter: nn.Pa
     if attribute == "bias":
         return Role.BIAS
     if isinstance(owner, nn.Linear):
+        if parameter.shape[0] == vocabulary.rows and not vocabulary.told:
+            raise ConfigError(
+                f"'{owner_name}.{attribute}' has {vocabulary.rows} rows, as many as the embedding: "
+                "it may be the output head, which is no hidden matrix. Say what it is on the "
+                f"module: parameter_roles = {{'{attribute}': Role.HEAD}} or Role.HIDDEN_MATRIX"
+            )
         return Role.HIDDEN_MATRIX
     if isinstance(owner, nn.LayerNorm) or type(owner).__name__.endswith("Norm"):
         return Role.NORM
@@ -114,6 +183,7 @@ def route(model: nn.Module, *, frozen: bool = False) -> list[NamedParameter]:
     cannot be told.
     """
     routed: list[NamedParameter] = []
+    vocabulary = _Vocabulary(model)
     seen: set[int] = set()
     for owner_name, owner in model.named_modules():
         for attribute, parameter in owner.named_parameters(recurse=False):
@@ -121,7 +191,7 @@ def route(model: nn.Module, *, frozen: bool = False) -> list[NamedParameter]:
                 continue
             seen.add(id(parameter))
             name = f"{owner_name}.{attribute}" if owner_name else attribute
-            role = _role_of(owner, owner_name, attribute, parameter)
+            role = _role_of(owner, owner_name, attribute, parameter, vocabulary)
             splits = getattr(owner, "parameter_splits", {}).get(attribute)
             sizes = None if splits is None else tuple(splits)
             routed.append(NamedParameter(name, parameter, role, sizes))

@@ -14,6 +14,10 @@ from serval.optim.groups import Role, route
 from serval.train.cpu import product
 
 
+# every token is multiplied once by each of these
+MULTIPLIED = (Role.HIDDEN_MATRIX, Role.LOW_RANK_FACTOR, Role.HEAD, Role.ROUTER)
+
+
 @dataclass(frozen=True)
 class ModelFlops:
     """FLOPs of one training token, forward and backward, as needed by the algorithm.
@@ -32,7 +36,7 @@ class ModelFlops:
         active = 0.0
         for named in route(decoder, frozen=True):
             size = named.parameter.numel() * (6 if named.parameter.requires_grad else 4)
-            if named.role in (Role.HIDDEN_MATRIX, Role.HEAD, Role.ROUTER):
+            if named.role in MULTIPLIED:
                 active += size
             elif named.role is Role.EXPERT_STACK and moe is not None:
                 share = moe.top_k / (moe.num_experts + moe.num_zero_experts)

@@ -137,3 +137,97 @@ def test_materialising_state_moves_no_weight(name: str) -> None:
     state = optimizer.state_tensors()
     assert {key.split("|")[0] for key in state} == dict(model.named_parameters()).keys()
     assert all(group["lr"] == group["base_lr"] for group in optimizer.param_groups)
+
+
+class Body(nn.Module):
+    """Embedding of 40 words, one hidden matrix, and a head of a name to be chosen."""
+
+    def __init__(self, head: str, tied: bool = False, first: bool = False) -> None:
+        super().__init__()
+        if first:
+            setattr(self, head, nn.Linear(8, 40, bias=False))
+        self.wte = nn.Embedding(40, 8)
+        self.position = nn.Embedding(12, 8)
+        self.up_proj = nn.Linear(8, 12)
+        if not first:
+            setattr(self, head, nn.Linear(8, 40, bias=False))
+        if tied:
+            getattr(self, head).weight = self.wte.weight
+
+
+def test_a_linear_tied_to_an_embedding_is_an_embedding_even_when_it_comes_first() -> None:
+    roles = roles_of(Body("out", tied=True, first=True))
+    assert roles["out.weight"] is Role.EMBEDDING
+    assert "wte.weight" not in roles
+    assert roles["up_proj.weight"] is Role.HIDDEN_MATRIX
+
+
+def test_a_head_of_another_name_is_found_or_asked_about() -> None:
+    assert roles_of(Body("embed_out"))["embed_out.weight"] is Role.HEAD
+    unknown = Body("to_words")
+    with pytest.raises(ConfigError, match=r"'to_words\.weight' has 40 rows.*Role\.HEAD"):
+        route(unknown)
+    unknown.to_words.parameter_roles = {"weight": Role.HEAD}
+    assert roles_of(unknown)["to_words.weight"] is Role.HEAD
+
+    class Told(Body):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.to_words
+
+    wrapped = nn.ModuleDict({"inner": Told("to_words")})
+    assert roles_of(wrapped)["inner.to_words.weight"] is Role.HEAD
+
+
+def test_a_hidden_matrix_may_have_as_many_rows_as_the_vocabulary() -> None:
+    """In a model whose head is known, tied or not."""
+    for tied in (False, True):
+        model = Decoder(toy_config(intermediate_size=64, tie_word_embeddings=tied))
+        assert roles_of(model)["layers.0.mlp.up_proj.weight"] is Role.HIDDEN_MATRIX
+
+
+def test_heads_of_transformers_models_are_found() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    roles = roles_of(transformers.BertForMaskedLM(config))
+    heads = [name for name, role in roles.items() if role is Role.HEAD]
+    assert heads == ["cls.predictions.decoder.weight"]
+    assert roles["bert.encoder.layer.0.intermediate.dense.weight"] is Role.HIDDEN_MATRIX
+
+
+def test_low_rank_factors_go_to_adamw() -> None:
+    from serval.adapt.lora import LoraLinear, LoraOptions
+
+    model = Body("lm_head").requires_grad_(False)
+    model.up_proj = LoraLinear(model.up_proj, LoraOptions(rank=2))  # type: ignore[assignment]
+    roles = roles_of(model)
+    assert set(roles) == {"up_proj.lora_A", "up_proj.lora_B"}
+    assert set(roles.values()) == {Role.LOW_RANK_FACTOR}
+    notes: list[str] = []
+    for name in ("muon", "mona", "mona-lite"):
+        optimizer = build(name, model, OptimizerOptions(), notes.append)
+        assert {group["algorithm"] for group in optimizer.param_groups} == {"adamw"}
+    assert len(notes) == 3
+    assert all("nothing to orthogonalise here" in note for note in notes)
+
+
+def test_factors_of_peft_go_to_adamw() -> None:
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=2, target_modules=["up_proj", "wte"], modules_to_save=["position"])
+    roles = roles_of(peft.get_peft_model(Body("embed_out"), options))
+    factors = [name for name, role in roles.items() if role is Role.LOW_RANK_FACTOR]
+    assert len(factors) == 4
+    assert all("lora_" in name for name in factors)
+    assert set(roles.values()) == {Role.LOW_RANK_FACTOR, Role.EMBEDDING}
+
+
+@pytest.mark.parametrize("values", [{"lr": -1.0}, {"lr": float("nan")}, {"weight_decay": -0.1}])
+def test_numbers_of_a_role_are_checked(values: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"of a role is .*expected a finite number"):
+        RoleOptions(**values)
