@@ -383,7 +383,8 @@ class CacheManager:
                 group.states.release(cache.states[index])
                 cache.states[index] = -1
         cache.num_tokens = num_tokens
-        cache.published = min(cache.published, num_tokens // self.block_size)
+        in_blocks = min(group.in_blocks(num_tokens) for group in self.groups)
+        cache.published = min(cache.published, in_blocks // self.block_size)
 
     def _last_is_shared(self, cache: SequenceCache, index: int, stored: int) -> bool:
         if stored % self.block_size == 0:

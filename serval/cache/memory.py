@@ -26,6 +26,7 @@ from serval.models.attention import AttentionSpec
 from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
 from serval.models.memory import Weights
+from serval.models.value_rotation import keep_basis
 
 
 class PagedMemory:
@@ -129,6 +130,7 @@ class PagedMemory:
                 (slot, modules[i]) for i, (_, of, slot) in enumerate(memory._place) if of is layout
             ]
             layout.prepare([module for _, module in sorted(own, key=lambda pair: pair[0])], rotary)
+        keep_basis(decoder, memory)
         return memory
 
     @property

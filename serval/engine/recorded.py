@@ -8,6 +8,7 @@ computes something in it (mixtures of experts, latent attention), goes the ordin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules import module as global_hooks
 
 from serval.cache.layouts.base import CacheView
 from serval.cache.memory import PagedMemory
@@ -96,6 +98,7 @@ class RecordedSteps:
             return None
         if now != self._made_from:
             self._steps.clear()
+            self.obstacles.clear()
             self._made_from = now
         if rows not in self._steps:
             self._steps[rows] = None  # the first time, modules may make what they keep
@@ -142,7 +145,7 @@ def _fixed_view(view: CacheView) -> CacheView:
 
 class _Fingerprint:
     """Which modules and tensors a decoder consists of, read before each step: a tape holds their
-    addresses. Parameters may move to other memory (`.data`), buffers are replaced as objects."""
+    addresses. Tensors may move to other memory (`.data`) or be replaced as objects."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -151,19 +154,23 @@ class _Fingerprint:
     def _find(self) -> None:
         modules = list(self._decoder.modules())
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += [global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks]
         parts = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
         self._parts: list[dict[str, Any]] = parts
-        self._ids = self._read_ids()
-        self._parameters = list(self._decoder.parameters())
+        self._objects = list(self._read_objects())  # kept alive: an id is not given away again
+        self._ids = list(map(id, self._objects))
+        self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
+        self._attention = self._decoder.attention_modules
 
-    def _read_ids(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._parts))))
+    def _read_objects(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._parts))
 
     def read(self) -> list[int] | None:
         """Equal to what it was as long as nothing changed; None when the decoder has hooks, which a
         replay would not call."""
-        if self._read_ids() != self._ids:
+        if list(map(id, self._read_objects())) != self._ids:
             self._find()
         if any(self._hooks):
             return None
-        return [torch.get_num_threads(), *map(Tensor.data_ptr, self._parameters), *self._ids]
+        bases = [getattr(module, "values_rotated", False) for module in self._attention]
+        return [torch.get_num_threads(), *map(Tensor.data_ptr, self._tensors), *bases, *self._ids]

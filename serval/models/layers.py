@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from serval import kernels
+from serval.kernels import jit
 from serval.models.config import RopeConfig
 
 
@@ -133,4 +134,5 @@ class RotaryTable(nn.Module):
                 angle = torch.arange(self.rows, dtype=torch.float32)[:, None] * inv
                 cos, sin = angle.cos() * factor, angle.sin() * factor
             self._tables[device] = (cos.to(device), sin.to(device))
+        jit.keep(self._tables[device])  # extending makes new ones
         return self._tables[device]

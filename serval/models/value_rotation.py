@@ -9,16 +9,23 @@ memory need not know. Doing it twice undoes it.
 
 A module says in `values_rotated` which it is; a memory that wants the other basis rotates at run
 time. Whoever adds something to the output of v_proj or the input of o_proj in the original basis
-(adapters) calls `restore_values` first.
+(adapters) calls `restore_values` first. Whoever holds values of a module, or shares its weights,
+says so with `keep_basis`: as long as that lives, the module is not turned.
 """
 
 from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from serval import kernels
+from serval.errors import ConfigError
 from serval.models.attention import GroupedQueryAttention
+
+_HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
 def can_rotate(module: nn.Module) -> bool:
@@ -37,20 +44,42 @@ def can_rotate(module: nn.Module) -> bool:
     )
 
 
+def keep_basis(model: nn.Module, holder: Any) -> None:
+    """While `holder` lives, the values of `model`'s attention stay in their present basis."""
+    for module in model.modules():
+        if isinstance(module, GroupedQueryAttention):
+            _HOLDERS.setdefault(module, WeakSet()).add(holder)
+
+
+def _is_held(module: nn.Module) -> bool:
+    return bool(_HOLDERS.get(module))
+
+
 def rotate_values(module: nn.Module) -> bool:
-    """Make the module's values rotated, if its weights allow it; returns whether they are."""
+    """Make the module's values rotated, if its weights allow it and nobody holds values in the
+    original basis; returns whether they are."""
     if not isinstance(module, GroupedQueryAttention):
         return False
-    if not module.values_rotated and can_rotate(module):
+    if not module.values_rotated and can_rotate(module) and not _is_held(module):
         _turn(module)
     return module.values_rotated
 
 
 def restore_values(model: nn.Module) -> None:
-    """Bring every attention module of `model` back to its original basis."""
-    for module in model.modules():
-        if isinstance(module, GroupedQueryAttention) and module.values_rotated:
-            _turn(module)
+    """Bring every attention module of `model` back to its original basis. Raises `ConfigError`,
+    having changed nothing, when a cache holds values of a rotated one."""
+    rotated = [
+        module
+        for module in model.modules()
+        if isinstance(module, GroupedQueryAttention) and module.values_rotated
+    ]
+    if any(_is_held(module) for module in rotated):
+        raise ConfigError(
+            "this model's weights were rotated for a cache that is still in use; close what uses "
+            "it, or load the model again"
+        )
+    for module in rotated:
+        _turn(module)
 
 
 @torch.no_grad()

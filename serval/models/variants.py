@@ -324,7 +324,12 @@ def with_variants(decoder: Decoder, variants: AttentionVariants) -> Decoder:
     computes the same until it is trained. Raises `ConfigError` for variants that do not fit, or a
     model whose attention already departs from softmax."""
     require_plain(decoder.config, "adding a variant")
+    from serval.models.value_rotation import keep_basis, restore_values  # which builds on this
+
+    restore_values(decoder)  # variants may stand between values and outputs
     config = dataclasses.replace(decoder.config, attention=variants)
     made = type(decoder)(config).to(decoder.norm.weight.device, decoder.norm.weight.dtype)
     made.load_state_dict(decoder.state_dict(), strict=False, assign=True)
+    keep_basis(decoder, made)  # weights would be turned in place, under the other one
+    keep_basis(made, decoder)
     return made.train(decoder.training)

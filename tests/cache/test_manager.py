@@ -258,6 +258,22 @@ def test_fork_copies_only_when_one_side_writes() -> None:
     assert len(copies) == 1
 
 
+def test_blocks_that_a_truncation_empties_are_published_anew() -> None:
+    """Of 16 tokens with a delay of 8, truncated to 15, the last 7 wait again."""
+    data, waiting = np.zeros((8, SIZE), dtype=int), np.zeros((2, 8), dtype=int)
+    group = CacheMachine.group(BlockPool(8), data, waiting, 8, 2)
+    manager, tokens = CacheManager([group], SIZE), np.arange(16)
+    cache = filled(manager, tokens)
+    manager.truncate(cache, 15)
+    manager.check_integrity()
+    assert cache.published == cache.tables[0].count == 2
+    other = np.append(tokens[:15], 99)
+    manager.append(cache, 1)
+    manager.commit(cache, other)
+    manager.check_integrity()
+    assert manager.match_prefix(manager.create(), np.append(other, 0)) == 16
+
+
 def test_without_prefix_caching_nothing_is_kept() -> None:
     manager = one_pool(prefix_caching=False)
     manager.free(filled(manager, np.arange(9)))

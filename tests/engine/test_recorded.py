@@ -134,6 +134,35 @@ def test_tables_grow_beyond_what_was_recorded() -> None:
     assert recorded.replayed > 130
 
 
+def test_rotary_tables_made_longer_by_another_engine() -> None:
+    decoder = copy.deepcopy(tiny_decoder())
+    llm, recorded = engine(decoder, prefix_caching=False)
+    before = written(llm.generate(PROMPTS, PARAMS))
+    other, _ = engine(decoder, kv="streaming:sinks=2,recent=6", max_model_len=5000)
+    other.generate([[1, 2, 3]], PARAMS)
+    junk = [torch.full_like(x, 7.7) for x in decoder.rotary(torch.device("cpu")) for _ in range(50)]
+    replayed = recorded.replayed
+    assert written(llm.generate(PROMPTS, PARAMS)) == before
+    assert recorded.replayed > replayed
+    assert len(junk) == 100
+
+
+@pytest.mark.parametrize("kv", ["full", "kivi:residual=32"])
+def test_an_engine_with_rotated_values_leaves_others_as_they_are(kv: str) -> None:
+    decoder = copy.deepcopy(tiny_decoder())
+    llm, _ = engine(decoder, kv=kv, block_size=32)
+    long = [list(range(20, 90))]
+    before = written(llm.generate(long, PARAMS))
+    rotating, _ = engine(decoder, kv="oscar:residual=32", block_size=32)
+    assert written(llm.generate(long, PARAMS)) == before
+    assert llm.stats().prefix_hit_tokens > 0
+    fresh = copy.deepcopy(tiny_decoder())
+    alone, _ = engine(fresh, kv="oscar:residual=32", block_size=32)
+    assert fresh.attention_modules[0].values_rotated
+    for ours, wanted in zip(rotating.generate(long, PARAMS), alone.generate(long, PARAMS)):
+        assert ours.outputs[0].token_ids == wanted.outputs[0].token_ids
+
+
 def test_changed_weights_are_seen() -> None:
     decoder = copy.deepcopy(tiny_decoder())
     llm, recorded = engine(decoder, prefix_caching=False)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from serval.adapt.lora import LoraOptions, adapters, add_adapters
 from serval.cache.memory import PagedMemory, cache_budget
+from serval.errors import ConfigError
 from serval.models.batch import PackedBatch
-from serval.models.config import ModelConfig
+from serval.models.config import AttentionVariants, ModelConfig
 from serval.models.decoder import Decoder
 from serval.models.value_rotation import restore_values, rotate_values
+from serval.models.variants import with_variants
 
 TOKENS = torch.arange(3, 60)
 
@@ -92,3 +96,36 @@ def test_what_cannot_take_the_rotation_is_rotated_at_run_time() -> None:
     assert not model.attention_modules[0].values_rotated  # restored for the adapters
     torch.testing.assert_close(cached(model, "oscar:residual=32"), want, atol=2e-2, rtol=2e-2)
     assert not model.attention_modules[0].values_rotated
+
+
+def test_the_basis_stays_while_a_cache_holds_values() -> None:
+    model = decoder()
+    size = cache_budget(
+        model.trunk_attention_layers, "oscar", torch.float32, blocks=4, block_size=32, sequences=1
+    )
+    memory = PagedMemory.of(model, "oscar", cache_bytes=size, max_model_len=64, max_sequences=1)
+    assert all(module.values_rotated for module in model.attention_modules)
+    with pytest.raises(ConfigError, match="still in use"):
+        restore_values(model)
+    assert all(module.values_rotated for module in model.attention_modules)
+    del memory
+    gc.collect()
+    restore_values(model)
+    assert not any(module.values_rotated for module in model.attention_modules)
+
+
+def test_models_that_share_weights_are_not_turned_under_each_other() -> None:
+    model = decoder()
+    rotate_values(model.attention_modules[0])
+    wanted = logits(model)
+    varied = with_variants(model, AttentionVariants(weights="softmax1"))
+    assert not model.attention_modules[0].values_rotated
+    before = logits(varied)
+    for one in (model, varied):
+        for module in one.attention_modules:
+            assert not rotate_values(module)
+    torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(varied), before)
+    del varied, one, module
+    gc.collect()
+    assert rotate_values(model.attention_modules[0])
