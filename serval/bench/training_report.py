@@ -96,7 +96,8 @@ LAYOUTS = {
         (
             LOAD,
             ("validation loss (seeds)", spread("validation_loss")),
-            ("share of tokens to AdamW's loss", share("share_of_tokens_to_adamw")),
+            ("seeds at AdamW's loss", plain("reached_adamw")),
+            ("after this share of the tokens", share("share_of_tokens_to_adamw")),
             ("largest Hessian eigenvalue", number("eigenvalue", 1)),
         ),
         "losses",
