@@ -14,6 +14,7 @@ LoRA with a warning only, which is right for beta 0 alone: hence `save_plain_lor
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from serval.adapt.annealing import Annealing
 from serval.adapt.lora import ACTIVATIONS, annealed
@@ -56,6 +58,15 @@ class AfaLoraConfig(LoraConfig):
             known = ", ".join(ACTIVATIONS)
             raise ConfigError(f"afa_activation is {self.afa_activation!r}; choose one of: {known}")
         self.annealing(1)  # checks the shares and the curve
+        others = [
+            f.name
+            for f in fields(LoraConfig)
+            if f.metadata.get("is_lora_variant") and getattr(self, f.name)
+        ]
+        if self.target_parameters:
+            others.append("target_parameters")
+        if self.use_afa and others:
+            raise ConfigError(f"AFA-LoRA does not go together with {others[0]}; choose one of them")
         register(self)
 
     def annealing(self, steps: int) -> Annealing:
@@ -68,10 +79,33 @@ class AfaLinear(lora.Linear):
 
     afa_beta: dict[str, float]
     afa_activation: dict[str, str]
+    _offers_afa = False
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **more: Any) -> None:
+        layer: Any = base_layer
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        transposed = isinstance(base, Conv1D)  # [in, out]
+        config.fan_in_fan_out = transposed
+        super().__init__(
+            base_layer, adapter_name, config, is_target_conv_1d_layer=transposed, **more
+        )
+
+    def resolve_lora_variant(self, *, config: Any, **more: Any) -> Any:
+        # PEFT refuses a choice that the config has no field for: another adapter may be plain
+        self._offers_afa = isinstance(config, AfaLoraConfig)
+        return super().resolve_lora_variant(config=config, **more)
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        return {**super().lora_variants, ("use_afa",): AfaVariant}
+        offered = {("use_afa",): AfaVariant} if self._offers_afa else {}
+        return {**super().lora_variants, **offered}
+
+
+def _unsupported(target: nn.Module, adapter_name: str, config: Any, **more: Any) -> None:
+    raise ConfigError(
+        f"target {more.get('target_name', '?')!r} is a {type(target).__name__}; AFA-LoRA adapts "
+        "nn.Linear and Conv1D layers: leave it out of target_modules, or give it a plain LoRA"
+    )
 
 
 class AfaVariant(LoraVariant):
@@ -86,6 +120,11 @@ class AfaVariant(LoraVariant):
             module.afa_beta, module.afa_activation = {}, {}
         module.afa_beta[adapter_name] = config.afa_beta
         module.afa_activation[adapter_name] = config.afa_activation
+
+    @staticmethod
+    def is_linear(module: Any, adapter: str) -> bool:
+        """Whether the annealing is over: WISCA may then balance the two matrices."""
+        return not module.afa_beta[adapter]
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
@@ -115,13 +154,26 @@ def _delta(module: Any, adapter: str) -> Tensor:
             "train to the end of its annealing, or call set_beta(model, 0.0), which changes its "
             "outputs"
         )
+    weight = module.get_base_layer().weight
+    if not weight.is_floating_point():
+        raise ConfigError(
+            f"adapter {adapter!r} cannot be merged into a {type(module.get_base_layer()).__name__} "
+            f"of {str(weight.dtype).removeprefix('torch.')} weights; merge it into the model that "
+            "was quantised"
+        )
     return module.get_delta_weight(adapter)
 
 
 def register(config: AfaLoraConfig) -> None:
     """Tell PEFT to use `AfaLinear`. PEFT does not save this: a config that was loaded as a plain
     `LoraConfig` knows nothing of it (use `load_afa_model`)."""
-    config._register_custom_module({nn.Linear: AfaLinear})
+    # in this order; PEFT would take its own layers, which do not know the variant, for the rest
+    layers: dict[type[nn.Module], Any] = {
+        nn.Linear: AfaLinear,
+        Conv1D: AfaLinear,
+        nn.Module: _unsupported,
+    }
+    config._register_custom_module(layers)
 
 
 def get_afa_model(model: nn.Module, config: AfaLoraConfig, adapter: str = "default") -> PeftModel:
@@ -166,6 +218,9 @@ class AfaAnnealing(TrainerCallback):
         if not isinstance(config, AfaLoraConfig):
             raise ConfigError(f"adapter {adapter!r} is a {type(config).__name__}, no AfaLoraConfig")
         self.model, self.adapter, self.config = model, adapter, config
+        late = config.annealing(1).warning
+        if late is not None:
+            warnings.warn(f"afa_{late}", stacklevel=2)
 
     def _set(self, state: Any) -> None:
         annealing = self.config.annealing(max(1, state.max_steps))

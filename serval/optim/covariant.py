@@ -7,7 +7,7 @@ always seen w' would take.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -48,17 +48,26 @@ def _states(optimizer: AnyOptimizer, parameter: Tensor) -> Iterable[dict[str, An
 
 
 def check_state(optimizer: AnyOptimizer, parameters: Iterable[Tensor]) -> None:
-    """Raise ConfigError for state of a parameter's shape whose behaviour is not known."""
+    """Raise ConfigError for state whose behaviour is not known: anything but single numbers that is
+    not one of `DEGREES` in its parameter's shape (Adafactor's rows and columns, 8-bit blocks)."""
     for parameter in parameters:
         for state in _states(optimizer, parameter):
             for key, value in state.items():
-                like = isinstance(value, Tensor) and value.shape == parameter.shape
-                if like and value.ndim and key not in DEGREES:
-                    raise ConfigError(
-                        f"optimizer state {key!r} cannot be rescaled with its weight; known are "
-                        f"{', '.join(DEGREES)}. Rescale before training only, or leave the state "
-                        "alone with covariant=False"
-                    )
+                if _is_number(value) or (key in DEGREES and _like(value, parameter)):
+                    continue
+                raise ConfigError(
+                    f"optimizer state {key!r} cannot be rescaled with its weight; known are "
+                    f"{', '.join(DEGREES)}, in the weight's shape. Rescale before training only, "
+                    "or leave the state alone with covariant=False"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return value.ndim == 0 if isinstance(value, Tensor) else not isinstance(value, Collection)
+
+
+def _like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 @torch.no_grad()

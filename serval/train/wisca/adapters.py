@@ -6,7 +6,7 @@ A layer of a model not listed here is described by one function, an `AttentionAd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -235,27 +235,52 @@ class LowRankLayer(Protocol):
         ...
 
 
-def low_rank(name: str, module: nn.Module) -> Iterator[Pair]:
-    """A against B of every adapter of `module`: `LowRankLayer`s, and PEFT's LoRA and DoRA."""
+@runtime_checkable
+class AnnealedVariant(Protocol):
+    """A variant of PEFT's LoRA that tells whether an adapter is a plain product B A by now."""
+
+    def is_linear(self, module: nn.Module, adapter: str) -> bool:
+        """True while nothing non-linear stands between the two matrices."""
+        ...
+
+
+BENT = "something non-linear stands between its two matrices at present"
+
+
+def low_rank(name: str, module: nn.Module, skip: Callable[[str, str], None]) -> Iterator[Pair]:
+    """A against B of every adapter of `module`: `LowRankLayer`s, and PEFT's LoRA, DoRA and
+    `AnnealedVariant`s. `skip` hears name and reason of those that are left."""
     if isinstance(module, LowRankLayer):
         found = list(module.low_rank_pairs())
+        if not found:
+            skip(f"{name} lora", BENT)
     else:
-        found = list(_peft_pairs(module))
+        found = list(_peft_pairs(module, lambda adapter, why: skip(f"{name} {adapter} lora", why)))
     for adapter, a, b in found:
         units = torch.arange(a.shape[0])
         members = [Member(b, units.view(1, -1), True), Member(a, units.view(-1, 1), False)]
         yield Pair(f"{name} {adapter}", "lora", members, {"tensor": torch.zeros_like(units)})
 
 
-def _peft_pairs(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _peft_pairs(
+    module: nn.Module, skip: Callable[[str, str], None]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     first, second = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
     if not isinstance(first, nn.ModuleDict) or not isinstance(second, nn.ModuleDict):
         return
     variants = getattr(module, "lora_variant", {})
     for adapter in first:
-        variant = type(variants[adapter]).__name__ if adapter in variants else None
-        # DoRA sees the product B A alone; what another variant does between them is not known
-        exact = variant in (None, "DoraLinearVariant")
+        variant = variants.get(adapter)
+        kind = type(variant).__name__
         a, b = first[adapter], second[adapter]
-        if exact and isinstance(a, nn.Linear) and isinstance(b, nn.Linear):
+        if not isinstance(a, nn.Linear) or not isinstance(b, nn.Linear):
+            skip(adapter, f"its factors are {type(a).__name__} and {type(b).__name__}, not Linear")
+        elif isinstance(variant, AnnealedVariant):
+            if variant.is_linear(module, adapter):
+                yield adapter, a.weight, b.weight
+            else:
+                skip(adapter, BENT)
+        elif variant is None or kind == "DoraLinearVariant":  # DoRA sees the product B A alone
             yield adapter, a.weight, b.weight
+        else:
+            skip(adapter, f"what {kind} does between its two matrices is not known")

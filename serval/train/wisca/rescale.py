@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from serval.errors import ConfigError
-from serval.optim import MixedOptimizer
 from serval.optim.covariant import AnyOptimizer, check_state
 from serval.train.reporting import Callback, Metrics
-from serval.train.wisca.adapters import ADAPTERS, gated_mlp, low_rank
+from serval.train.wisca.adapters import ADAPTERS, BENT, gated_mlp, low_rank
 from serval.train.wisca.pairs import Kind, Level, Norm, Pair, Report, balance, distinct
 from serval.train.wisca.sites import AttentionAdapter, Site, UnusableError
 
@@ -40,7 +39,8 @@ def wisca_(
     of gated feed-forward layers (no "head"). lora: A against B of low-rank adapters, per adapter or
     per rank ("row"). norm: "l1" (the paper's: the sum of absolute entries) or "l2". optimizer: its
     state follows, unless `covariant` is False. frozen: also rescale attention and feed-forward
-    weights that do not train; an adapter trained afterwards fits the rescaled base only.
+    weights that do not train; an adapter trained afterwards fits the rescaled base only, so keep
+    that base. Once is enough, since frozen weights stay balanced.
 
     Weights are float32 masters; 16-bit ones are multiplied by powers of two. A KV cache filled
     before is invalid. Under FSDP2 and DTensor every process calls it. Raises ConfigError when the
@@ -62,7 +62,7 @@ def wisca_(
             report.skipped[f"{pair.name} {pair.kind}"] = "a side is zero or not finite"
         else:
             report.pairs.append(done)
-    if not found:
+    if not found and BENT not in report.skipped.values():
         reasons = "; ".join(f"{name}: {why}" for name, why in list(report.skipped.items())[:3])
         raise ConfigError(
             f"wisca found nothing to rescale in {type(model).__name__}"
@@ -114,7 +114,7 @@ def _pairs(
         if wanted["mlp"]:
             yield from attempt(f"{name} mlp", partial(gated_mlp, name, module))
         if wanted["lora"]:
-            yield from low_rank(name, module)
+            yield from low_rank(name, module, skipped.__setitem__)
 
 
 def _site(
@@ -146,9 +146,9 @@ def _trains(pair: Pair, frozen: bool, skipped: dict[str, str]) -> bool:
 class WiscaCallback(Callback):
     """`wisca_` before the first step (`at_init`) and after every `every`-th one (0: never).
 
-    The other fields are those of `wisca_`. A resumed run keeps the phase: steps are counted from
-    the start of training. Adds to the step's metrics, when it acts, wisca_qk, wisca_vo, wisca_mlp
-    and wisca_lora: the mean of |log(left norm / right norm)| found.
+    The other fields are those of `wisca_`; frozen weights stay as they are. A resumed run keeps the
+    phase: steps are counted from the start of training. Adds to the step's metrics, when it acts,
+    wisca_qk, wisca_vo, wisca_mlp and wisca_lora: the mean of |log(left norm / right norm)| found.
     """
 
     every: int = 250
@@ -159,7 +159,6 @@ class WiscaCallback(Callback):
     lora: Level | None = "tensor"
     norm: Norm = "l1"
     covariant: bool = True
-    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -167,12 +166,12 @@ class WiscaCallback(Callback):
         _check_levels({"qk": self.qk, "vo": self.vo, "mlp": self.mlp, "lora": self.lora}, self.norm)
         self.last: Report | None = None
 
-    def on_train_start(self, step: int, model: nn.Module, optimizer: MixedOptimizer) -> None:
+    def on_train_start(self, step: int, model: nn.Module, optimizer: AnyOptimizer) -> None:
         if step == 0 and self.at_init:
             self._rescale(model, optimizer)
 
     def on_step_end(
-        self, step: int, model: nn.Module, optimizer: MixedOptimizer, metrics: Metrics
+        self, step: int, model: nn.Module, optimizer: AnyOptimizer, metrics: Metrics
     ) -> None:
         if self.every and step % self.every == 0:
             report = self._rescale(model, optimizer)
@@ -181,7 +180,7 @@ class WiscaCallback(Callback):
                 if imbalance is not None:
                     metrics[f"wisca_{kind}"] = imbalance
 
-    def _rescale(self, model: nn.Module, optimizer: MixedOptimizer) -> Report:
+    def _rescale(self, model: nn.Module, optimizer: AnyOptimizer) -> Report:
         self.last = wisca_(
             model,
             self.qk,
@@ -191,6 +190,5 @@ class WiscaCallback(Callback):
             norm=self.norm,
             optimizer=optimizer,
             covariant=self.covariant,
-            frozen=self.frozen,
         )
         return self.last
