@@ -104,7 +104,8 @@ def prune(
         str, typer.Option(help="parameters of the model, of its blocks, or flops of a token.")
     ] = "parameters",
     context: Annotated[
-        int | None, typer.Option(help="Tokens at which flops count (default: half the context).")
+        int | None,
+        typer.Option(help="Tokens at which a budget of flops counts (default: half the context)."),
     ] = None,
     multiple: Annotated[int, typer.Option(help="Channels stay in multiples of this.")] = 8,
     key_value_heads: Annotated[
@@ -116,7 +117,9 @@ def prune(
     steps: Annotated[int, typer.Option(help="Training steps, recovery included; 0: none.")] = 300,
     batch_rows: Annotated[int, typer.Option(help="Rows of a step.")] = 4,
     micro_batch_rows: Annotated[int, typer.Option(help="Rows computed at a time.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a row (default: 512, or the whole context).")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Text (file, folder, JSONL), stdlib, self, random or recipe."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 
 import serval
 from serval.compress.maskprune.recover import Pruning, PruningReport, prune_decoder
-from serval.compress.maskprune.rows import default_source, make_stream
+from serval.compress.maskprune.rows import default_source, make_stream, text_state
 from serval.compress.pipeline import (
     check_output,
     copied_files,
@@ -21,6 +22,7 @@ from serval.compress.pipeline import (
     stored_bytes,
     stored_dtype,
 )
+from serval.errors import ConfigError
 from serval.models import checkpoint
 from serval.models.checkpoint.files import list_tensors, locate
 from serval.models.checkpoint.writing import (
@@ -30,20 +32,21 @@ from serval.models.checkpoint.writing import (
     write_checkpoint,
 )
 
+LENGTH = 512  # tokens of a row
 REPORT = "pruning.json"  # beside the weights: how they were made
 
 
 @dataclass
 class PruneOptions(Pruning):
     """model: checkpoint directory or hub name. out: directory to write. data: what to train on, see
-    `rows.py` (None: the model's recipe, or the standard library); length: tokens of a row;
-    text_field: of JSONL or Parquet. force: replace a checkpoint at `out`, and forget an interrupted
-    run's state."""
+    `rows.py` (None: the model's recipe, or the standard library); length: tokens of a row (None:
+    512, or the model's positions where they are fewer); text_field: of JSONL or Parquet. force:
+    replace a checkpoint at `out`, and forget an interrupted run's state."""
 
     model: str | Path
     out: str | Path
     data: str | None = field(default=None, kw_only=True)
-    length: int = field(default=512, kw_only=True)
+    length: int | None = field(default=None, kw_only=True)
     text_field: str = field(default="text", kw_only=True)
     force: bool = field(default=False, kw_only=True)
 
@@ -82,6 +85,7 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = checkpoint.load(source, dtype=torch.float32, device=device)
     family = choose_family(decoder.config)
+    length = _length(options.length, decoder.config.max_position_embeddings)
     data = options.data or default_source(source)
     stream = make_stream(
         data,
@@ -89,7 +93,7 @@ def run(
         decoder.config,
         lambda: decoder,
         rows=options.calibration_rows + options.steps * options.batch_rows,
-        length=options.length,
+        length=length,
         field=options.text_field,
         seed=options.seed,
     )
@@ -101,14 +105,18 @@ def run(
         options,
         stream,
         directory=partial,
-        fingerprint=_fingerprint(options),
+        fingerprint={
+            **_described(options),
+            "weights": _digest(source),
+            "text": text_state(data, source),
+        },
         progress=progress,
         note=note,
     )
     pruned = pruned.cpu()
     tensors = list(part_tensors(pruned, family, dtype))
     tensors += repeated_tensors(pruned, family, tensors, dtype)
-    made = {"options": _fingerprint(options), "data": data, **report.to_dict()}
+    made = {"options": _described(options), "data": data, **report.to_dict()}
     write_checkpoint(
         out,
         pruned,
@@ -140,8 +148,26 @@ def summary(result: PruneResult) -> Iterator[str]:
         yield f"largest mask that was cut: {share:.2%} of the median kept one"
 
 
-def _fingerprint(options: PruneOptions) -> dict[str, Any]:
-    """What the result depends on, as JSON values."""
+def _length(wanted: int | None, most: int) -> int:
+    """Tokens of a row of a model with `most` positions."""
+    if wanted is None:
+        return min(LENGTH, most)
+    if not 2 <= wanted <= most:
+        raise ConfigError(f"length is {wanted}; expected 2 to {most}, the model's positions")
+    return wanted
+
+
+def _digest(source: Path) -> str:
+    """Of the checkpoint's weights, wherever they lie."""
+    whole = hashlib.sha256()
+    for path in sorted(source.glob("*.safetensors")):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _described(options: PruneOptions) -> dict[str, Any]:
+    """What was asked for, as JSON values."""
     values = {k: v for k, v in asdict(options).items() if k not in ("model", "out", "force")}
     model = str(Path(options.model).expanduser())
     return {**values, "model": Path(model).name, "version": serval.__version__}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -53,6 +54,11 @@ class Pruner(ABC):
         """Share of the steps that follow the cut."""
         return 1.0
 
+    @property
+    def mask_rate(self) -> float:
+        """Learning rate of the masks."""
+        return Rates.mask
+
     def facts(self) -> dict[str, Any]:
         """What to say of the pruning afterwards, as JSON values."""
         return {}
@@ -97,8 +103,9 @@ class MaskPrune(Pruner):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) < 0:
-                raise ConfigError(f"{field.name} is {getattr(self, field.name)}; expected >= 0")
+            value = getattr(self, field.name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{field.name} is {value}; expected a finite number >= 0")
         if self.warmup + self.ramp + self.kill > 1 or not self.ramp:
             raise ConfigError(
                 f"warmup {self.warmup}, ramp {self.ramp} and kill {self.kill} are shares of the "
@@ -109,6 +116,10 @@ class MaskPrune(Pruner):
     @property
     def recovery(self) -> float:
         return max(0.0, 1 - self.warmup - self.ramp - self.kill)
+
+    @property
+    def mask_rate(self) -> float:
+        return self.mask_lr
 
     def start(self, task: Task) -> Callback | None:
         """Return the callback that learns the masks."""

@@ -15,7 +15,7 @@ from torch import nn
 from serval.adapt.lora import LoraOptions, adapters
 from serval.compress.maskprune.distill import DistillationLoss
 from serval.compress.maskprune.masks import MaskedDecoder
-from serval.compress.maskprune.minimax import MaskOptimizer, Rates
+from serval.compress.maskprune.minimax import MaskOptimizer
 from serval.compress.maskprune.pruner import Pruner, Task
 from serval.compress.maskprune.units import (
     Costs,
@@ -79,7 +79,7 @@ class Pruning:
 
     def check(self) -> Pruner:
         """The pruner. Raises ConfigError for what can be told to be wrong without the model."""
-        least = dict.fromkeys(("steps", "lora_rank", "lora_lr", "distillation"), 0)
+        least = dict.fromkeys(("steps", "lora_rank", "lora_lr", "distillation", "seed"), 0)
         rows = ("batch_rows", "micro_batch_rows", "calibration_rows")
         least |= dict.fromkeys((*rows, "multiple", "context"), 1)
         for name, bound in least.items():
@@ -88,6 +88,11 @@ class Pruning:
                 raise ConfigError(f"{name} is {value}; expected at least {bound}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype is {self.dtype!r}; expected auto, float32 or bfloat16")
+        if self.context is not None and self.budget != "flops":
+            raise ConfigError(
+                f"context is {self.context}, but the budget counts {self.budget}, which do not "
+                "depend on it; leave it out, or choose the budget flops"
+            )
         given = self.key_value_heads is not None or self.intermediate_size is not None
         if given and self.keep is not None:
             raise ConfigError("give either keep or widths (key_value_heads, intermediate_size)")
@@ -185,7 +190,10 @@ def prune_decoder(
     pruner = pruning.check()
     sites = find_sites(decoder)
     decoder.requires_grad_(True)  # what can be trained is what costs are counted from
-    context = pruning.context or decoder.config.max_position_embeddings // 2
+    most = decoder.config.max_position_embeddings
+    context = pruning.context or most // 2
+    if context > most:
+        raise ConfigError(f"context is {context}; the model has {most} positions")
     costs = Costs.of(decoder, sites, pruning.budget, context)
     levels = Levels.of(costs, pruning.multiple)
     widths = pruning.widths(costs)
@@ -206,7 +214,7 @@ def prune_decoder(
     losses = _Losses(pruning.steps, progress)
     if pruning.steps:
         own = [] if decoding is None else [decoding]
-        trainer = _trainer(masked, pruning, pruner.recovery, stream, directory, fingerprint, note)
+        trainer = _trainer(masked, pruning, pruner, stream, directory, fingerprint, note)
         trainer.callbacks += [*own, losses, *callbacks]
         trainer.fit()
         if trainer.interrupted and trainer.step < pruning.steps:
@@ -232,7 +240,7 @@ def prune_decoder(
 def _trainer(
     masked: MaskedDecoder,
     pruning: Pruning,
-    recovery: float,
+    pruner: Pruner,
     stream: TokenStream,
     directory: Path | None,
     fingerprint: dict[str, Any] | None,
@@ -249,8 +257,8 @@ def _trainer(
     )
     return Trainer(
         masked.decoder,
-        lambda _: _optimizer(masked, pruning),
-        WarmupStableDecay(steps, min(10, steps // 10), round(_DECAY * recovery * steps)),
+        lambda _: _optimizer(masked, pruning, pruner.mask_rate),
+        WarmupStableDecay(steps, min(10, steps // 10), round(_DECAY * pruner.recovery * steps)),
         stream,
         settings,
         loss=DistillationLoss(masked, pruning.distillation),
@@ -259,9 +267,8 @@ def _trainer(
     )
 
 
-def _optimizer(masked: MaskedDecoder, pruning: Pruning) -> MixedOptimizer:
+def _optimizer(masked: MaskedDecoder, pruning: Pruning, rate: float) -> MixedOptimizer:
     """Normalised momentum for the masks of each kind, AdamW without decay for the updates."""
-    rate = pruning.settings.get("mask_lr", Rates.mask)
     groups = [_mask_group(masked, site, rate) for site in _firsts(masked.sites)]
     optimizers: list[torch.optim.Optimizer] = [MaskOptimizer(groups)]
     updates = {

@@ -7,6 +7,7 @@ else a source of `serval.compress.calibrate`: text, "stdlib", "self" or "random"
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -16,9 +17,9 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from serval.compress.calibrate import STDLIB, Calibration
+from serval.compress.calibrate import RANDOM, SELF, STDLIB, Calibration
 from serval.data.options import DataOptions, TokenizerOptions, build
-from serval.errors import ConfigError
+from serval.errors import ConfigError, DataError
 from serval.models.config import ModelConfig
 from serval.models.decoder import Decoder
 from serval.train.stream import Row, TokenStream
@@ -79,8 +80,24 @@ def make_stream(
     length = min(length, config.max_position_embeddings)
     if source == RECIPE:
         return build(_recipe_data(model_dir, length, cache), seed).train
+    _require(source)
     chosen = Calibration(source, min(rows, MOST_ROWS), length, field, seed)
     return RowStream(chosen.tokens(config, model_dir, load), seed)
+
+
+def text_state(source: str, model_dir: Path) -> str:
+    """Changes when what a stream of `source` reads does."""
+    if source != RECIPE:
+        return Calibration(source).state()
+    return hashlib.sha256((model_dir / RECIPE_FILE).read_bytes()).hexdigest()
+
+
+def _require(source: str) -> None:
+    if source not in (STDLIB, SELF, RANDOM) and not Path(source).expanduser().exists():
+        raise DataError(
+            f"text {source!r} does not exist; give a text file, a .jsonl or .parquet file, a "
+            f"folder, or one of: {RECIPE}, {STDLIB}, {SELF}, {RANDOM}"
+        )
 
 
 def _recipe_data(model_dir: Path, length: int, cache: Path | None) -> DataOptions:
