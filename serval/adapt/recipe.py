@@ -78,11 +78,12 @@ class TuneRecipe(Run):
     def build_method(self) -> Full:
         """The method; raises ConfigError for keys of `adapter` that it would not read."""
         kind: type[Full] = resolve(METHODS, self.method, "method")
-        useless = sorted(self.adapter.model_fields_set & set(kind.refused))
+        given = {key for key in kind.refused if key in self.adapter.model_fields_set}
+        useless = sorted(key for key in given if getattr(self.adapter, key) is not None)
         if useless:
             raise ConfigError(
-                f"adapter.{useless[0]} means nothing to method {self.method!r}; leave it out, or "
-                "choose another method"
+                f"adapter.{useless[0]} means nothing to method {self.method!r}; leave it out, set "
+                "it to null, or choose another method"
             )
         if self.merge and not kind.writes_adapter:
             raise ConfigError(
@@ -98,6 +99,9 @@ def load_tune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TuneRec
     """Read and check a recipe; raises ConfigError naming the file and every wrong key."""
     recipe = check_section(TuneRecipe, read_values(path, overrides), f"recipe {path}")
     recipe.check_choices()
+    # epochs alone do not tell the steps: then warm-up and decay are assumed to fit
+    scheduled = recipe.schedule.warmup_steps + recipe.schedule.decay_steps
+    recipe.schedule.build(recipe.train.steps or max(1, scheduled))
     recipe.build_method().callbacks(max(1, recipe.train.steps), lambda line: None)
     config = checkpoint.read_config(recipe.model)
     if recipe.data.row_tokens > config.max_position_embeddings:

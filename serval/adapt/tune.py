@@ -92,7 +92,13 @@ def _run(
         stream,
         settings_of(recipe, world),
         validation=validation,
-        callbacks=[*method.callbacks(steps, note), *reports(recipe, world, note), *callbacks],
+        # the method's first: an adapter whose beta reached 0 in this step may be rescaled in it
+        callbacks=[
+            *method.callbacks(steps, note),
+            *recipe.build_callbacks(),
+            *reports(recipe, world, note),
+            *callbacks,
+        ],
         world=world,
         note=note,
     )

@@ -16,13 +16,22 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import nn
 
 from serval.data.options import DataOptions, check_options
 from serval.errors import ConfigError
 from serval.models import checkpoint
 from serval.models.config import ModelConfig
 from serval.models.initialize import INITIALIZERS
-from serval.optim import OPTIMIZERS, SCHEDULES, OptimizerOptions, Role, RoleOptions, Schedule
+from serval.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    OptimizerOptions,
+    Role,
+    RoleOptions,
+    Schedule,
+    build,
+)
 from serval.registry import resolve
 from serval.train.callbacks import CALLBACKS
 from serval.train.reporting import Callback
@@ -126,7 +135,11 @@ class CheckpointSection(Section):
 
 
 class Run(Section):
-    """What every training run has. output: its directory."""
+    """What every training run has.
+
+    output: its directory. callbacks: methods that act during training, a key of
+    `serval.train.callbacks.CALLBACKS` and the fields of its class.
+    """
 
     output: str
     seed: NonNegative = 0
@@ -135,6 +148,7 @@ class Run(Section):
     train: TrainSection
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    callbacks: dict[str, dict[str, Any] | None] = {}
     tensorboard: bool = False
 
     @property
@@ -150,10 +164,23 @@ class Run(Section):
             values["train"].pop(key)
         return values
 
+    def build_callbacks(self) -> list[Callback]:
+        """The methods under `callbacks`, in the recipe's order; raises ConfigError naming every
+        wrong key."""
+        return [
+            check_dataclass(
+                resolve(CALLBACKS, name, "callback"), options or {}, f"callbacks.{name}", "recipe"
+            )
+            for name, options in self.callbacks.items()
+        ]
+
     def check_choices(self) -> None:
         """Raise ConfigError for what one section's types cannot tell: names, and numbers that must
         fit each other."""
         resolve(OPTIMIZERS, self.optimizer.name, "optimizer")
+        # its numbers, before any data is read
+        build(self.optimizer.name, nn.Linear(2, 2), self.optimizer.options(), lambda line: None)
+        self.build_callbacks()
         rows, share = self.train.batch_rows, self.train.micro_batch_rows
         if rows % share:
             raise ConfigError(
@@ -167,24 +194,11 @@ class Recipe(Run):
     initializer: a key of `serval.models.initialize.INITIALIZERS`, for
     fresh weights. model: fields of `ModelConfig` (vocab_size comes from the
     tokenizer), or `path` of a checkpoint to continue from. data: see `serval.data.options`.
-    callbacks: methods that act during training, a key of `serval.train.callbacks.CALLBACKS` and the
-    fields of its class.
     """
 
     initializer: str = "normal"
     model: dict[str, Any]
     data: DataOptions
-    callbacks: dict[str, dict[str, Any] | None] = {}
-
-    def build_callbacks(self) -> list[Callback]:
-        """The methods under `callbacks`, in the recipe's order; raises ConfigError naming every
-        wrong key."""
-        return [
-            check_dataclass(
-                resolve(CALLBACKS, name, "callback"), options or {}, f"callbacks.{name}", "recipe"
-            )
-            for name, options in self.callbacks.items()
-        ]
 
     def fingerprint(self) -> dict[str, Any]:
         values = super().fingerprint()
@@ -234,7 +248,6 @@ def _check_choices(recipe: Recipe) -> None:
     resolve(INITIALIZERS, recipe.initializer, "initializer")
     recipe.schedule.build(recipe.train.steps)
     check_options(recipe.data)
-    recipe.build_callbacks()
 
 
 def _model_of(recipe: Recipe, where: str) -> ModelConfig:
