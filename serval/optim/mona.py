@@ -16,8 +16,9 @@ A_t = (1 - beta) (G_t - m_{t-1}) for the average m_t = beta m_{t-1} + (1 - beta)
     G~_t = G_t + alpha (1 - beta) (G_t - m_{t-1})        with the default alpha (G_t + m_{t-1}) / 2
 
 `lite` (MONA-Lite) keeps m in bfloat16, rounded stochastically: with beta near one an increment is
-smaller than half a bfloat16 step and rounding to nearest would lose it. State per matrix element:
-Muon 4 bytes, MONA 8 (two buffers 12), Lite 6.
+smaller than half a bfloat16 step and rounding to nearest would lose it. All other state is at least
+float32, and so is the arithmetic, also for bfloat16 gradients (in which the same increments would
+be lost). State per matrix element: Muon 4 bytes, MONA 8 (two buffers 12), Lite 6.
 
 Where the paper's text was not available: beta defaults to 0.975 (0.975 and 0.99 are reported),
 nesterov stays on as in Muon, so that alpha = 0 is Muon; MONA-Lite is read as one bfloat16 buffer,
@@ -46,7 +47,8 @@ class Mona(Muon):
     All of `Muon`'s arguments, and per group: alpha (None: -1 / (2 (1 - beta))); beta, of the
     average, whose horizon is 1 / (1 - beta) optimizer steps; form: "one_buffer" or "two_buffers"
     (the literal one, for reference); lite: the one buffer in bfloat16; bias_correction; seed of the
-    stochastic rounding. Clip gradients before the step, never after. Raises ConfigError.
+    stochastic rounding. Clip gradients before the step, never after. Raises ConfigError, and
+    TypeError for a keyword that neither class knows.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Mona(Muon):
         seed: int = 0,
         **keywords: Any,
     ) -> None:
-        keywords |= {
+        self._more = {
             "alpha": alpha,
             "beta": beta,
             "form": form,
@@ -89,15 +91,18 @@ class Mona(Muon):
             raise ConfigError("lite and bias_correction belong to the form 'one_buffer'")
 
     def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = super()._state(parameter, group)
+        state = self.state[parameter]
         grad = parameter.grad
         assert grad is not None
+        wide = _wide(grad.dtype)
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad, dtype=wide)
         if group["form"] == "two_buffers":
             if "acceleration" not in state:
-                state["acceleration"] = torch.zeros_like(grad)
-                state["previous_gradient"] = torch.zeros_like(grad)
+                state["acceleration"] = torch.zeros_like(grad, dtype=wide)
+                state["previous_gradient"] = torch.zeros_like(grad, dtype=wide)
         elif "gradient_average" not in state:
-            dtype = torch.bfloat16 if group["lite"] else grad.dtype
+            dtype = torch.bfloat16 if group["lite"] else wide
             state["gradient_average"] = torch.zeros_like(grad, dtype=dtype)
             if group["lite"] or group["bias_correction"]:
                 state["step"] = torch.zeros((), dtype=torch.float32)
@@ -106,6 +111,12 @@ class Mona(Muon):
     def _advance(
         self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], out: Tensor
     ) -> None:
+        wide = _wide(grad.dtype)
+        if grad.dtype != wide:
+            direction = torch.empty_like(grad, dtype=wide)
+            self._advance(grad.to(wide), state, group, direction)
+            out.copy_(direction)
+            return
         beta, momentum = group["beta"], local(state["momentum_buffer"])
         alpha = -0.5 / (1.0 - beta) if group["alpha"] is None else group["alpha"]
         settings = {"mu": group["momentum"], "nesterov": group["nesterov"]}
@@ -141,8 +152,22 @@ class Mona(Muon):
         )
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _noise_seed(seed: int, step: int, average: Tensor) -> int:
-    """31 bits that differ from step to step and between the processes of a sharded run."""
-    rank = average.device_mesh.get_rank() if isinstance(average, DTensor) else 0
-    mixed = (seed * 0x9E3779B1 + step * 0x85EBCA77 + rank * 0xC2B2AE3D) & 0xFFFFFFFF
+    """31 bits that differ from step to step and from shard to shard, and are the same wherever a
+    shard is replicated: replicas that rounded differently would drift apart."""
+    shard = 0
+    if isinstance(average, DTensor):
+        mesh = average.device_mesh
+        coordinate = mesh.get_coordinate()
+        if coordinate is not None:
+            places = zip(average.placements, mesh.shape, coordinate, strict=True)
+            for placement, size, index in places:
+                if not placement.is_replicate():
+                    shard = shard * size + index
+    mixed = (seed * 0x9E3779B1 + step * 0x85EBCA77 + shard * 0xC2B2AE3D) & 0xFFFFFFFF
     return (mixed ^ (mixed >> 15)) & 0x7FFFFFFF

@@ -22,8 +22,9 @@ gradient, a missing one leaves the state alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,8 +69,14 @@ class Muon(torch.optim.Optimizer):
     split_sizes: rows of the matrices that are fused in each parameter of the group; algorithm:
     "muon" or "adamw", which reads lr, weight_decay, betas and adam_eps.
 
-    Raises ConfigError for parameters that are not matrices, and for options it does not know.
+    Momentum has the gradient's dtype, as torch's has: bfloat16 for bfloat16 weights.
+
+    Raises ConfigError for parameters that are not matrices and for values out of range, TypeError
+    for a keyword it does not know.
     """
+
+    _more: Mapping[str, Any] = MappingProxyType({})
+    """Options of a subclass, which it sets before `__init__` of this class."""
 
     def __init__(
         self,
@@ -88,7 +95,6 @@ class Muon(torch.optim.Optimizer):
         algorithm: str = "muon",
         betas: tuple[float, float] = (0.9, 0.95),
         adam_eps: float = 1e-8,
-        **more: Any,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -104,7 +110,7 @@ class Muon(torch.optim.Optimizer):
             "algorithm": algorithm,
             "betas": betas,
             "adam_eps": adam_eps,
-            **more,
+            **self._more,
         }
         self._workspace = Workspace()
         super().__init__(params, defaults)
@@ -124,9 +130,12 @@ class Muon(torch.optim.Optimizer):
     # -- checks -----------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for key in ("lr", "momentum", "weight_decay"):
-            if not float(group[key]) >= 0.0:
-                raise ConfigError(f"{key} is {group[key]}; expected a number >= 0")
+        for key in ("lr", "momentum", "weight_decay", "eps", "adam_eps"):
+            if not 0.0 <= float(group[key]) < math.inf:
+                raise ConfigError(f"{key} is {group[key]}; expected a finite number >= 0")
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ConfigError(f"betas is {list(betas)}; expected two numbers, 0 <= beta < 1")
         if group["algorithm"] not in ("muon", "adamw"):
             raise ConfigError(f"algorithm is {group['algorithm']!r}; expected 'muon' or 'adamw'")
         if any(torch.is_complex(p) for p in group["params"]):

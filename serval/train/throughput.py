@@ -13,7 +13,6 @@ from serval.models.decoder import Decoder
 from serval.optim.groups import Role, route
 from serval.train.cpu import product
 
-
 # every token is multiplied once by each of these
 MULTIPLIED = (Role.HIDDEN_MATRIX, Role.LOW_RANK_FACTOR, Role.HEAD, Role.ROUTER)
 

@@ -103,6 +103,32 @@ def test_lite_tracks_full_over_500_steps() -> None:
     assert (nearest.float() - drift).norm() / drift.norm() > 0.1
 
 
+FORMS = [{}, {"lite": True}, {"form": "two_buffers"}, {"bias_correction": True}]
+
+
+@pytest.mark.parametrize("more", FORMS)
+def test_bfloat16_weights_keep_float32_state(more: dict[str, Any]) -> None:
+    """As float32 weights do with the same gradients, Lite's average alone being bfloat16."""
+    narrow, wide = (
+        nn.Parameter(torch.zeros(24, 40, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)
+    )
+    left, right = (Mona([weight], beta=0.99, **more) for weight in (narrow, wide))
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.randn(24, 40, generator=generator)
+    for _ in range(60):
+        noise = torch.randn(24, 40, generator=generator)
+        narrow.grad = (drift + 0.5 * noise).bfloat16()
+        wide.grad = narrow.grad.float()
+        left.step()
+        right.step()
+    state, twin = left.state[narrow], right.state[wide]
+    assert state.keys() == twin.keys()
+    for key, value in state.items():
+        lite = more.get("lite") and key == "gradient_average"
+        assert value.dtype == (torch.bfloat16 if lite else torch.float32), key
+        assert torch.equal(value, twin[key]), key
+
+
 def test_bias_correction_starts_at_the_gradient() -> None:
     grad = torch.randn(4, 6)
     found = directions([grad] * 30, bias_correction=True)

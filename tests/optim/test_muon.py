@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from serval.errors import ConfigError
 from serval.optim import Mona, Muon
+from serval.optim.newton_schulz import orthogonalise
 
 SHAPES = [(64, 64), (48, 96), (96, 48), (64, 64), (7, 130)]
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -105,16 +106,57 @@ def test_a_fused_projection_is_its_parts(kind: type[Muon], adjust: str) -> None:
         assert furthest([fused.detach()], [together]) <= 1e-6
 
 
+BATCHED = [(32, 64)] * 5 + [(4, 32, 64), (64, 32), (64, 32)]
+
+
 @BOTH
-@pytest.mark.parametrize("limit", [1, 5000])
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [
+        (1, [1, 1, 1, 1, 1, 4, 1, 1]),  # a stack is not divided
+        (5000, [2, 2, 1, 4, 2]),
+        (1 << 20, [9, 2]),  # one call per shape
+    ],
+)
 def test_batching_changes_nothing(
-    kind: type[Muon], limit: int, monkeypatch: pytest.MonkeyPatch
+    kind: type[Muon], limit: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = [(32, 64)] * 5 + [(4, 32, 64), (64, 32), (64, 32)]
-    ours, other = parameters(shapes), parameters(shapes)
+    """Whatever the size of the batches; sizes: matrices in each call of the iteration."""
+    ours, other, apart = parameters(BATCHED), parameters(BATCHED), parameters(BATCHED)
     whole = descend(kind(ours), ours, 3)
+    each = [kind([p]) for p in apart]
+    calls: list[int] = []
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        calls.append(len(x))
+        return orthogonalise(x, *rest)
+
     monkeypatch.setattr("serval.optim.muon._batch_elements", lambda device: limit)
+    monkeypatch.setattr("serval.optim.muon.orthogonalise", counted)
     assert furthest(whole, descend(kind(other), other, 3)) <= 1e-6
+    assert calls == sizes * 3
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for parameter, optimizer in zip(apart, each, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+    assert furthest(whole, [p.detach() for p in apart]) <= 1e-6
+
+
+@BOTH
+def test_a_fused_projection_is_one_call_per_part(
+    kind: type[Muon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        calls.append(tuple(x.shape))
+        return orthogonalise(x, *rest)
+
+    monkeypatch.setattr("serval.optim.muon.orthogonalise", counted)
+    members = parameters([(24, 16)] * 3)
+    descend(kind(members, split_sizes=(16, 8)), members, 1)
+    assert calls == [(3, 16, 16), (3, 8, 16)]
 
 
 @BOTH
@@ -243,12 +285,29 @@ def test_torchs_state_is_taken_over_and_mona_may_follow_muon() -> None:
         ({"adjust_lr_fn": "rms"}, "adjust_lr_fn is 'rms'"),
         ({"algorithm": "sgd"}, "algorithm is 'sgd'"),
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"betas": (2.0, 2.0)}, r"betas is \[2.0, 2.0\]; expected two numbers, 0 <= beta < 1"),
+        ({"adam_eps": -1e-8}, "adam_eps is -1e-08"),
         ({"ns_dtype": torch.float16}, "float16 overflows"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Muon(**{"params": parameters([(8, 8)]), **options})
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Muon, {"wight_decay": 0.0}),
+        (Muon, {"alpha": 3.0}),
+        (Mona, {"bta": 0.5}),
+        (Mona, {"wight_decay": 0.0}),
+    ],
+)
+def test_unknown_keywords_are_refused(kind: type[Muon], options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(options))):
+        kind(parameters([(8, 8)]), **options)
 
 
 def test_a_sparse_gradient_is_refused() -> None:

@@ -1,4 +1,5 @@
-"""Two gloo processes against one: the same weights and state, and no more communication."""
+"""Two and four gloo processes against one: the same weights and state, and no more
+communication."""
 
 from __future__ import annotations
 
@@ -11,18 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.optim.placement_worker import PLACEMENTS, STRIDED, Pair, drive, plain
 from tests.optim.shard_worker import CASES, run
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What two processes computed."""
-    out = tmp_path_factory.mktemp("two") / "results.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def launch(worker: str, processes: int, out: Path) -> Any:
+    """What the processes computed and saved as `out`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [*launcher, "-m", "tests.optim.shard_worker", str(out)],
+        [*launcher, f"--nproc-per-node={processes}", "-m", f"tests.optim.{worker}", str(out)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -31,6 +31,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return launch("shard_worker", 2, tmp_path_factory.mktemp("two") / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return launch("placement_worker", 4, tmp_path_factory.mktemp("four") / "results.pt")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,3 +57,18 @@ def test_two_processes_equal_one(case: str, two: Any) -> None:
 def test_one_gather_per_sharded_matrix_and_none_for_stacks_or_mona(two: Any) -> None:
     """Four matrices are cut in two and gathered; the stacks lie whole on their processes."""
     assert {case: collectives for case, (_, collectives) in two.items()} == dict.fromkeys(CASES, 4)
+
+
+@pytest.mark.parametrize("placement", [*PLACEMENTS, STRIDED])
+@pytest.mark.parametrize("case", CASES)
+def test_every_placement_equals_one_process(case: str, placement: str, four: Any) -> None:
+    """Replicas, HSDP, tensor parallelism; replicas stay the same bit for bit, Lite's noise too."""
+    together, agree = four[case, placement]
+    assert agree
+    alone = drive(case, Pair().named()) if placement == STRIDED else plain(case)
+    assert alone.keys() == together.keys()
+    # Lite's rounding noise is that of the shard; where nothing is sharded it is the same
+    exact = case != "mona-lite" or placement == "replicas"
+    tolerance = 1e-5 if exact else 2e-2
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=tolerance, atol=tolerance)
