@@ -95,6 +95,18 @@ class OScaRCache(Cache):
         )
         super().__init__(layers=[_layer(kind, kv, padding, window, text) for kind in kinds])
 
+    def reset(self, attention_mask: Tensor | None = None) -> None:
+        """Forget all tokens and the padding of the prompts before, for a batch of any size.
+
+        attention_mask: of the next prompts, int or bool [B, T], when they are padded on the left.
+        """
+        padding = None if attention_mask is None else _left_padding(attention_mask)
+        for n, layer in enumerate(self.layers):
+            if isinstance(layer, OScaRCacheLayer):
+                layer.reset(padding)
+            elif isinstance(layer, DynamicSlidingWindowLayer):  # its reset keeps rows of zeros
+                self.layers[n] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all layers as they are stored, room for growth included."""
@@ -166,14 +178,19 @@ class OScaRCacheLayer(CacheLayerMixin):
             max_sequences=batch,
         )
         self.dtype, self.device = dtype, key_states.device
-        self.padding = list(self._given_padding or [0] * batch)
-        if len(self.padding) != batch:
+        self.is_initialized = True
+
+    def _start(self, batch: int) -> None:
+        """Sequences of a batch, empty."""
+        padding = list(self._given_padding or [0] * batch)
+        if len(padding) != batch:
             raise CacheError(
-                f"attention_mask has {len(self.padding)} rows, the batch {batch}: give OScaRCache "
+                f"attention_mask has {len(padding)} rows, the batch {batch}: give OScaRCache "
                 "the mask of the sequences that are computed (beam search repeats each)"
             )
-        self.sequences = [self.memory.manager.create() for _ in range(batch)]
-        self.is_initialized = True
+        self._room(0, batch)
+        self.padding = padding
+        self.sequences = [self._manager.create() for _ in range(batch)]
 
     @torch.no_grad()
     def update(
@@ -183,6 +200,8 @@ class OScaRCacheLayer(CacheLayerMixin):
         tokens; where the attention is Serval's, what it needs to do both."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not self.sequences:
+            self._start(key_states.shape[0])
         if key_states.shape[0] != len(self.sequences):
             raise CacheError(
                 f"a batch of {key_states.shape[0]} met a cache of {len(self.sequences)} sequences"
@@ -202,10 +221,12 @@ class OScaRCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def reset(self) -> None:
+    def reset(self, padding: Sequence[int] | None = None) -> None:
+        """Forget everything; padding: of the next sequences, None: none."""
         for cache in self.sequences:
-            self._manager.reset(cache)
-        self.length = 0
+            self._manager.free(cache)
+        self.sequences, self.padding, self.length = [], [], 0
+        self._given_padding = padding
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens: -n drops n of them; a positive number is the length to keep."""
@@ -224,7 +245,7 @@ class OScaRCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences that are named, as often as they are named; copies share blocks."""
-        if not self.is_initialized:
+        if not self.sequences:
             return
         chosen = indices.tolist()
         for unwanted in set(range(len(self.sequences))) - set(chosen):
@@ -378,18 +399,19 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    if attention_mask is not None:
-        _check_mask(attention_mask, step)
+    _check_mask(attention_mask, step)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return step.attend(query, scale, s_aux).to(query.dtype), None
 
 
-def _check_mask(mask: Tensor, step: _Step) -> None:
-    """Padding is not stored, so the mask must hide that and nothing else."""
-    last = mask[:, 0, -1]  # [B or 1, L]
-    hidden = ~last if last.dtype == torch.bool else last < 0
-    found = hidden.sum(-1).tolist()
-    expected = [min(padding, last.shape[-1]) for padding in step.layer.padding]
+def _check_mask(mask: Tensor | None, step: _Step) -> None:
+    """Padding is not stored, so the mask must hide that and nothing else. No mask hides nothing."""
+    found = [0]
+    if mask is not None:
+        last = mask[:, 0, -1]  # [B or 1, L]
+        hidden = ~last if last.dtype == torch.bool else last < 0
+        found = hidden.sum(-1).tolist()
+    expected = [min(padding, step.layer.length) for padding in step.layer.padding]
     if any(a != b for a, b in zip(found * (len(expected) // len(found)), expected, strict=True)):
         raise CacheError(
             f"the attention mask hides {found} tokens, the cache left out {expected} as padding; "

@@ -73,9 +73,18 @@ class PrefixKVCache(Cache):
         """Add k [B, Hkv, T, D] and v [B, Hkv, T, Dv]; returns what attention reads, in any order
         but with the new tokens last where there are several."""
         mine = self._mine[0]
-        if key_states.shape[2] == 1 and mine.seen and mine.importance is not None:
+        begins = self.layers[layer_idx] is mine  # of a pass: the layers have seen the same tokens
+        if begins and key_states.shape[2] == 1 and mine.seen and mine.importance is not None:
             self.compress()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all tokens; the next prompt is one of a new cache."""
+        for n, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):  # its reset keeps rows of zeros
+                self.layers[n] = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+            else:
+                layer.reset()
 
     @torch.no_grad()
     def compress(self) -> None:

@@ -176,6 +176,37 @@ def test_cropped_tokens_may_be_computed_again(attention: str) -> None:
     torch.testing.assert_close(logits(model, ids, cache, [90, 1, 1, 28]), want)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", ATTENTION])
+def test_reset_forgets_padding_and_batch(attention: str) -> None:
+    """After prompts that were padded, others, in a batch of another size, are those of a new
+    cache; the mask of padded ones may be given anew."""
+    model, ids = model_for("llama", attention), prompt(60, rows=2)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    cache = OScaRCache(model.config, residual=R, attention_mask=mask)
+    generate(model, ids, cache, count=5, attention_mask=mask)
+    cache.reset()
+    others = prompt(40, 3, rows=3)
+    want = generate(model, others, OScaRCache(model.config, residual=R), count=15)
+    assert torch.equal(generate(model, others, cache, count=15), want)
+    layer = cache.layers[0]
+    assert isinstance(layer, OScaRCacheLayer)
+    assert [c.num_tokens for c in layer.sequences] == [54] * 3
+    layer.memory.manager.check_integrity()
+    cache.reset(attention_mask=mask)
+    generate(model, ids, cache, count=5, attention_mask=mask)
+    assert [c.num_tokens for c in layer.sequences] == [64, 44]
+
+
+def test_padding_without_a_mask_is_refused() -> None:
+    model, ids = model_for("llama", ATTENTION), prompt(60, rows=2)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    cache = OScaRCache(model.config, residual=R, attention_mask=mask)
+    with pytest.raises(CacheError, match=r"hides \[0\] tokens, the cache left out \[0, 20\]"):
+        logits(model, ids, cache, [60])
+
+
 def test_copies_of_a_batch_go_their_own_ways() -> None:
     model, ids = model_for("llama"), prompt(70)
     cache = OScaRCache(model.config, residual=R)
@@ -206,6 +237,11 @@ def test_sliding_layers_keep_their_window_and_others_are_refused() -> None:
     want = logits(model, ids, DynamicCache(config=model.config), [80, *[1] * 10])
     got = logits(model, ids, OScaRCache(model.config), [80, *[1] * 10])
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    cache = OScaRCache(model.config)
+    logits(model, prompt(70, 4), cache, [70])
+    cache.reset()
+    again = logits(model, ids, cache, [80, *[1] * 10])
+    torch.testing.assert_close(again, want, atol=1e-4, rtol=1e-4)
     model.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(CacheError, match="chunked_attention"):
         OScaRCache(model.config)

@@ -129,6 +129,27 @@ def test_beam_search_and_chunks_of_a_prompt() -> None:
         cache.crop(-1)
 
 
+@pytest.mark.parametrize("kind", ["llama", "sliding"])
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_shortest_prompts(kind: str, length: int) -> None:
+    """A prompt of one token is a prompt: layers are cut with the next one, all of them. A cache
+    that was reset is a new one."""
+    options = {}
+    if kind == "sliding":
+        layers = ["sliding_attention", "full_attention", "full_attention"]
+        options = {"layer_types": layers, "sliding_window": 20, "use_sliding_window": True}
+    model = model_of("qwen3" if kind == "sliding" else kind, **options)
+    prompt = torch.randint(1, 128, (1, length))
+    cache = PrefixKVCache(model.config, policy="uniform:keep=0.5,least=4")
+    text = generate(model, prompt, cache)
+    plain = generate(model, prompt, DynamicCache(config=model.config), count=3)
+    assert torch.equal(text[:, :3], plain)
+    assert cache.get_seq_length() == length + 39
+    assert cache.kept == [(length + 40) // 2] * len(cache.kept)
+    cache.reset()
+    assert torch.equal(generate(model, prompt, cache), text)
+
+
 def test_refusals() -> None:
     model = model_of("llama")
     with pytest.raises(CacheError, match="write keep into the policy"):
