@@ -200,6 +200,50 @@ def test_fork_and_truncate() -> None:
     manager.check_integrity()
 
 
+@pytest.mark.parametrize("steps", ["decode", "chunks"])
+@pytest.mark.parametrize(
+    ("sinks", "cut", "exact"),
+    [
+        (2, 29, 29),  # within the slack
+        (2, 1, 1),  # every token but a sink is computed anew
+        (2, 2, 2),
+        (2, 3, 19),  # token 2 is lost; two layers see it through windows of 8 and 8
+        (2, 10, 26),
+        (2, 24, 40),
+        (0, 10, 26),
+    ],
+)
+def test_rewinding_far(sinks: int, cut: int, exact: int, steps: str) -> None:
+    """What the ring has lost is missing, for as long as windows reach back to it; tokens that are
+    computed anew are not lost, and rewinding again is as exact."""
+    decoder = decoder_with()
+    memory = memory_of(decoder, f"streaming:sinks={sinks},recent=8,slack=2", sequences=3)
+    manager = memory.manager
+    tokens = torch.randint(50, (60,), generator=torch.Generator().manual_seed(1))
+    want = run(decoder, memory, tokens, [60])
+    cache = manager.create()
+    manager.append(cache, 30)
+    decoder(tokens[:30], memory.batch([cache], [30]))
+
+    def extend(first: int, last: int) -> Tensor:
+        counts = [1] * (last - first) if steps == "decode" else [1, 3, last - first - 4]
+        parts = []
+        for count in counts:
+            manager.append(cache, count)
+            parts.append(decoder(tokens[first : first + count], memory.batch([cache], [count])))
+            first += count
+        return torch.cat(parts)
+
+    manager.truncate(cache, cut)
+    got = extend(cut, 50)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(got[exact - cut :], want[exact:50], **close)
+    assert exact == cut or not torch.allclose(got[0], want[cut], **close)
+    assert got.isfinite().all()
+    manager.truncate(cache, 48)
+    torch.testing.assert_close(extend(48, 60), want[48:], **close)
+
+
 def test_memory_does_not_grow() -> None:
     decoder, kv = decoder_with(), "streaming:sinks=4,recent=28,slack=0"
     assert layout_class(kv).bytes_per_token(decoder.attention_layers[0], torch.float32) == 0

@@ -13,7 +13,8 @@ queries): the same scores.
 Decided here: what a query sees depends on its own position only, so a prompt gives the same result
 in chunks of any size (the paper's code evicts once per chunk). The window lies in a ring of
 W + slack rows in the sequence's state; no blocks are used. `truncate` by up to `slack` tokens is
-exact; beyond it, rows that the ring has lost are missing until the window is full again.
+exact, and so is one to at most S. Beyond it, rows that the ring has lost are missing from windows
+until these have moved past them; sinks and tokens computed since are always seen.
 """
 
 from __future__ import annotations
@@ -122,12 +123,16 @@ class StreamingLayout(Layout):
         factor = cos[0, 0]  # YaRN scales its tables; turning a stored key further must not
         self._rotary = (cos / factor, sin / factor)
         self._interleaved = [bool(getattr(m, "interleaved", False)) for m in modules]
-        self._newest = np.full(max(1, self.num_states), -1, dtype=np.int64)
+        states = max(1, self.num_states)
+        self._newest = np.full(states, -1, dtype=np.int64)  # position stored last
+        self._longest = np.full(states, -1, dtype=np.int64)  # the largest ever; sinks were turned
+        self._lost = np.zeros(states, dtype=np.int64)  # no row before this one, but for the sinks
         self._step: tuple[CacheView, Step] | None = None
 
     def fork_state(self, source: int, destination: int) -> None:
         super().fork_state(source, destination)
-        self._newest[destination] = self._newest[source]
+        for known in (self._newest, self._longest, self._lost):
+            known[destination] = known[source]
 
     # -- where things lie ------------------------------------------------------------------------
 
@@ -137,6 +142,21 @@ class StreamingLayout(Layout):
         return np.where(
             positions < self.sinks, positions, self.sinks + (positions - self.sinks) % ring
         )
+
+    def _held(self, state: int, first: int, length: int) -> int:
+        """The first position that the ring holds when tokens first..length - 1 come, which are
+        noted. Where first is not the next one, the sequence was truncated: what the ring had
+        dropped by then does not come back."""
+        if first == 0:
+            self._newest[state] = self._longest[state] = -1
+            self._lost[state] = 0
+        dropped = int(self._newest[state]) + 1 - self.recent - self.slack
+        held = max(self.sinks, int(self._lost[state]), dropped)
+        if first <= self._newest[state]:
+            self._lost[state] = held = min(held, max(first, self.sinks))
+        self._newest[state] = length - 1
+        self._longest[state] = max(self._longest[state], length - 1)
+        return held
 
     def _plan(self, view: CacheView) -> Step:
         if self._step is not None and self._step[0] is view:
@@ -148,10 +168,7 @@ class StreamingLayout(Layout):
         for n, (length, count) in enumerate(zip(view.lengths, view.queries, strict=True)):
             state, first = int(states[n]), length - count
             if count:
-                if first == 0:
-                    self._newest[state] = -1
-                held = max(self.sinks, int(self._newest[state]) + 1 - self.recent - self.slack)
-                self._newest[state] = max(self._newest[state], length - 1)
+                held = self._held(state, first, length)
                 if count > 1:
                     many.append((slice(at, at + count), state, first, held))
                 else:
@@ -181,7 +198,7 @@ class StreamingLayout(Layout):
             tables=tensor(packed, torch.int32),
             lens=tensor([len(table) for table in tables], torch.int32),
             gone=tensor(gone, torch.int64),
-            turned=bool((self._newest[states[single]] >= self.sinks + self.recent).any()),
+            turned=bool((self._longest[states[single]] >= self.sinks + self.recent).any()),
             starts=torch.arange(len(tables) + 1, dtype=torch.int32, device=self.device),
             many=many,
         )
