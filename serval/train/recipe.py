@@ -178,8 +178,11 @@ class Run(Section):
         """Raise ConfigError for what one section's types cannot tell: names, and numbers that must
         fit each other."""
         resolve(OPTIMIZERS, self.optimizer.name, "optimizer")
-        # its numbers, before any data is read
-        build(self.optimizer.name, nn.Linear(2, 2), self.optimizer.options(), lambda line: None)
+        options = self.optimizer.options()
+        try:  # its numbers, before any data is read
+            build(self.optimizer.name, nn.Linear(2, 2), options, lambda line: None)
+        except ValueError as error:  # torch's own
+            raise ConfigError(f"optimizer: {error}") from error
         self.build_callbacks()
         rows, share = self.train.batch_rows, self.train.micro_batch_rows
         if rows % share:

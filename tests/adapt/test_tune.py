@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,8 @@ from serval.train.reporting import Callback
 from tests.adapt.toy import logits
 from tests.engine.helpers import VOCAB, byte_tokenizer
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 PAIRS = [("one", "uno"), ("two", "dos"), ("three", "tres"), ("four", "cuatro")]
 
 
@@ -178,6 +183,95 @@ def test_the_shipped_recipe_runs_on_another_model(base: Path, tmp_path: Path) ->
     assert (read["r"], read["lora_alpha"]) == (8, 16)
     assert (result.model / "model.safetensors").is_file()
     assert checkpoint.locate(values["model"]).is_dir()  # the model that the recipe names is shipped
+
+
+def test_the_command_that_the_recipe_prints_works(base: Path, tmp_path: Path) -> None:
+    """Every `serval tune` line of the recipe's own comment, on a small model."""
+    path = RECIPES / "tune.yaml"
+    lines = [line.removeprefix("#").strip() for line in path.read_text().splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("serval tune")]
+    assert len(commands) == 2
+    changes = {
+        "output": tmp_path / "out",
+        "model": base,
+        "data.path": RECIPES / "tune.jsonl",
+        "data.row_tokens": 128,
+        "train.steps": 2,
+        "merge": False,
+    }
+    extra = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    for words in commands:
+        words[words.index("recipes/tune.yaml")] = str(path)
+        done = CliRunner().invoke(app, [*words, *extra, "--fresh"])
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert (tmp_path / "out" / "adapter" / CONFIG).is_file()
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["method"] == "lora"
+
+
+def test_callbacks_of_the_recipe_act(make: Any, tmp_path: Path) -> None:
+    """WISCA leaves an adapter while it is bent and balances it once it is linear."""
+    wisca = {"wisca": {"every": 1, "qk": None, "vo": None}}
+    recipe = make()
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**values, "callbacks": wisca}))
+    result = run(recipe, note=silent)
+    lines = log(tmp_path / "out")
+    assert [line["step"] for line in lines if "wisca_lora" in line] == [3, 4, 5, 6]
+    tensors = load_file(result.adapter / WEIGHTS)
+    pairs = [(tensors[n], tensors[n.replace("lora_A", "lora_B")]) for n in tensors if "_A." in n]
+    assert all(
+        float(a.abs().sum() / b.abs().sum()) == pytest.approx(1.0, rel=1e-3) for a, b in pairs
+    )
+    for wrong, words in (("frozen", "unknown key 'callbacks.wisca.frozen'"), ("x", "'callbacks")):
+        with pytest.raises(ConfigError, match=words):
+            load_tune_recipe(recipe, [f"callbacks.wisca.{wrong}=true"])
+    with pytest.raises(ConfigError, match="unknown callback 'wiska'"):
+        load_tune_recipe(recipe, ["callbacks.wiska={}"])
+
+
+def test_low_rank_factors_are_not_orthogonalised(make: Any, tmp_path: Path) -> None:
+    notes: list[str] = []
+    run(make(train={"steps": 1}, optimizer={"name": "muon"}), note=notes.append)
+    assert any("Muon has nothing to orthogonalise here" in line for line in notes)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.name=sine", "unknown schedule 'sine'"),
+        ("schedule.warmup_steps=7", "exceed the 6 steps of the run"),
+        ("optimizer.name=sgd", "unknown optimizer 'sgd'"),
+        ("optimizer.betas=[2, 2]", r"optimizer.*beta"),
+    ],
+)
+def test_schedule_and_optimizer_are_checked_before_data_is_read(
+    override: str, message: str, make: Any
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_tune_recipe(make(data={"path": "missing.jsonl"}), [override])
+
+
+def test_two_processes_train_the_same_adapter(make: Any, tmp_path: Path) -> None:
+    recipe = make(output=str(tmp_path / "one"), train={"steps": 4}, checkpoint={"every": 0})
+    alone = run(recipe, note=silent)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["tune", str(recipe), "--set", f"output={tmp_path / 'two'}", "--set", "merge=true"]
+    done = subprocess.run(
+        [*launcher, "-m", "serval.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(p / WEIGHTS) for p in (alone.adapter, tmp_path / "two" / "adapter"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4)
+    assert max(float(t.abs().max()) for n, t in first.items() if "lora_B" in n) > 1e-2
+    assert [line["beta"] for line in log(tmp_path / "two")] == pytest.approx([1, 0.5, 0, 0])
+    assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from serval.cli import app
 from serval.compress.maskprune import PruneOptions, Pruning, prune_decoder, run
 from serval.compress.maskprune.masks import MaskedDecoder
 from serval.compress.maskprune.pruner import Task
-from serval.compress.maskprune.rows import RowStream
+from serval.compress.maskprune.rows import RowStream, text_state
 from serval.compress.maskprune.scores import Magnitude, Random, Taylor, Uniform, Wanda
 from serval.compress.maskprune.units import Costs, Levels, find_sites
 from serval.compress.registry import PRUNERS
@@ -28,7 +30,9 @@ from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
 from serval.train.loss import LanguageModelLoss
 from serval.train.stream import next_token_targets
+from serval.train.throughput import ModelFlops
 from tests.compress import toy
+from tests.models import tiny_models
 
 TINY: dict[str, Any] = {
     "batch_rows": 2,
@@ -147,6 +151,57 @@ def test_every_method_meets_the_budget_with_uniform_widths(method: str) -> None:
         assert pruned(tokens, PackedBatch.from_lengths([24])).isfinite().all()
 
 
+def test_a_budget_of_flops_is_met_where_long_contexts_cost_heads() -> None:
+    """At a longer context heads cost more of a token's flops, so that more of them go."""
+    taken = {}
+    for context in (1, 128):
+        options = Pruning(
+            method="taylor", keep=0.7, budget="flops", context=context, steps=4, **TINY
+        )
+        decoder = toy.decoder(num_attention_heads=8, num_key_value_heads=8)
+        flops = [flops_of(decoder, context)]
+        pruned, report = prune_decoder(decoder, options, stream(), note=quiet)
+        flops.append(flops_of(pruned, context))
+        assert flops[1] / flops[0] == pytest.approx(report.fraction)
+        assert 0.6 < report.fraction <= 0.7
+        taken[context] = report.widths
+    assert taken[1] != taken[128]
+
+
+def flops_of(decoder: Decoder, context: int) -> float:
+    """Of training on one token at `context` tokens, counted on the model itself."""
+    flops = ModelFlops.of(decoder.requires_grad_(True))
+    return flops.per_token + flops.per_pair * (context + 1) / 2
+
+
+def test_maskprune_meets_a_budget_of_flops() -> None:
+    options = Pruning(keep=0.6, budget="flops", context=100, steps=20, **TINY)
+    decoder = toy.decoder()
+    before = flops_of(decoder, 100)
+    pruned, report = prune_decoder(decoder, options, stream(), note=quiet)
+    assert flops_of(pruned, 100) / before == pytest.approx(report.fraction)
+    assert 0.5 < report.fraction <= 0.6 + 1e-9
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    """`--set mask_lr=1e-2` arrives as the text '1e-2'."""
+    assert yaml.safe_load("1e-2") == "1e-2"
+    results = []
+    for rate in ("1e-2", 0.01):
+        options = Pruning(keep=0.7, steps=20, settings={"mask_lr": rate}, **TINY)
+        pruned, _ = prune_decoder(toy.decoder(), options, stream(), note=quiet)
+        results.append(pruned.state_dict())
+    assert all(torch.equal(t, results[1][name]) for name, t in results[0].items())
+    default, _ = prune_decoder(
+        toy.decoder(), Pruning(keep=0.7, steps=20, **TINY), stream(), note=quiet
+    )
+    moved = default.state_dict()
+    assert any(
+        t.shape != moved[name].shape or not torch.equal(t, moved[name])
+        for name, t in results[0].items()
+    )
+
+
 def test_seeds_reproduce_and_training_lowers_the_loss() -> None:
     options = Pruning(keep=0.7, steps=40, lora_lr=1e-2, **TINY)
     first, report = prune_decoder(toy.decoder(), options, stream(), note=quiet)
@@ -199,6 +254,63 @@ def test_transformers_loads_what_is_written(model: Path, tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("name", ["glm4_moe_lite", "qwen3_moe"])
+def test_pruned_mixtures_and_latent_attention_load_in_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    tiny_models.make(name).save_pretrained(tmp_path / "model")
+    result = run(options(tmp_path / "model", tmp_path / "out", keep=0.9), note=quiet)
+    before = json.loads((tmp_path / "model" / "config.json").read_text())
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert after["num_attention_heads"] < before["num_attention_heads"]
+    assert after["num_key_value_heads"] == result.report.widths["heads"]
+    assert after["moe_intermediate_size"] == before["moe_intermediate_size"]
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ours = checkpoint.load(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(30)
+    with torch.no_grad():
+        expected = theirs(tokens[None], use_cache=False).logits[0]
+        found = ours.logits(ours(tokens, PackedBatch.from_lengths([30])))
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=5e-5)
+
+
+def test_rows_are_at_most_the_models_context(model: Path, tmp_path: Path) -> None:
+    """Without --length too: 512 would not fit this model's 128 positions."""
+    result = run(
+        options(model, tmp_path / "out", length=None, steps=0, method="random"), note=quiet
+    )
+    assert result.report.widths["heads"] == 1
+
+
+def test_other_weights_or_text_are_not_gone_on_with(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+
+    def interrupt(done: int, steps: int) -> None:
+        if done == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    work = tmp_path / "work"
+    shutil.copytree(model, work)
+    with pytest.raises(KeyboardInterrupt):
+        run(options(work, tmp_path / "out"), interrupt, note=quiet)
+    moved = shutil.move(work, tmp_path / "elsewhere" / "work")  # the same weights
+    other = checkpoint.load(model, dtype=torch.float32)
+    with torch.no_grad():
+        other.norm.weight.mul_(1.5)
+    checkpoint.save(other, work, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="was written with weights = "):
+        run(options(work, tmp_path / "out"), note=quiet)
+    lines: list[str] = []
+    run(options(Path(moved), tmp_path / "out"), note=lines.append)
+    assert any("resumed" in line for line in lines)
+    text.write_text("one")
+    before = text_state(str(text), model)
+    text.write_text("another")
+    assert text_state(str(text), model) != before
+
+
 def test_an_interrupted_run_goes_on_and_ends_the_same(model: Path, tmp_path: Path) -> None:
     whole = run(options(model, tmp_path / "whole", keep=0.6), note=quiet)
 
@@ -238,12 +350,24 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(model: Path, tmp_path: Pat
         ({"micro_batch_rows": 0}, "micro_batch_rows is 0; expected at least 1"),
         ({"context": 0}, "context is 0; expected at least 1"),
         ({"lora_lr": float("nan")}, "lora_lr is nan"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"context": 64}, "context is 64, but the budget counts parameters"),
+        ({"context": 129, "budget": "flops"}, "context is 129; the model has 128 positions"),
+        ({"length": 99999}, "length is 99999; expected 2 to 128, the model's positions"),
+        ({"length": 1}, "length is 1; expected 2 to 128"),
+        ({"settings": {"warmup": float("nan")}}, "warmup is nan; expected a finite number >= 0"),
+        ({"settings": {"z_lr": float("inf")}}, "z_lr is inf; expected a finite number"),
+        ({"settings": {"mask_lr": "fast"}}, "setting 'mask_lr' of method 'maskprune'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"settings": {"speed": 1}}, "method 'maskprune' has no setting 'speed'; it has: warmup"),
         ({"settings": {"ramp": 0.9}}, "shares of the steps"),
         ({"settings": {"mask_lr": -1}}, "mask_lr is -1"),
         ({"batch_rows": 3, "micro_batch_rows": 2}, "batch_rows is 3; expected a multiple"),
-        ({"data": "missing.txt"}, "'missing.txt' does not exist"),
+        (
+            {"data": "missing.txt"},
+            "'missing.txt' does not exist; give a text file, a .jsonl or .parquet file, a folder, "
+            "or one of: recipe, stdlib, self, random",
+        ),
         ({"data": "recipe"}, "recipe.yaml cannot be read"),
     ],
 )

@@ -229,6 +229,30 @@ def test_state_may_stay_and_unknown_state_is_refused() -> None:
     torch.testing.assert_close(weight.detach(), 3 * before)  # refused before anything moved
 
 
+@pytest.mark.parametrize("change", ["row_var", "blocks", "list"])
+def test_state_of_another_shape_is_refused(change: str) -> None:
+    """Without biases Adafactor keeps rows and columns only; 8-bit optimizers keep flat blocks under
+    the known names."""
+    decoder = make("mha-interleaved")
+    weight = decoder.layers[0].self_attn.q_proj.weight
+    if change == "row_var":
+        optimizer: torch.optim.Optimizer = torch.optim.Adafactor(decoder.parameters())
+        backward(decoder)
+        optimizer.step()
+        assert weight.shape not in [v.shape for v in optimizer.state[weight].values()]
+    else:
+        optimizer = torch.optim.SGD(decoder.parameters(), lr=1.0)
+        state = optimizer.state[weight]
+        state["exp_avg" if change == "blocks" else "history"] = (
+            torch.zeros(weight.numel() // 8) if change == "blocks" else [torch.zeros(2)]
+        )
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"cannot be rescaled.*covariant=False"):
+        wisca_(decoder, optimizer=optimizer)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in decoder.state_dict().items())
+    wisca_(decoder, optimizer=optimizer, covariant=False)
+
+
 def test_a_jump_before_adamw_is_a_change_of_learning_rates() -> None:
     """Without decay, starting rescaled by c equals learning rates divided by c: what a jump at the
     start gains with AdamW, tuned rates gain too."""

@@ -17,10 +17,12 @@ from serval.models import checkpoint
 from serval.models.batch import PackedBatch
 from serval.models.decoder import Decoder
 from serval.train.wisca import wisca_
+from serval.train.wisca.trainer import WiscaTrainerCallback
 from tests.models import tiny_models
 from tests.train.toy import toy_config
 
 LEVELS: list[Any] = ["tensor", "row"]
+ATTENTION_LEVELS: list[Any] = ["tensor", "head", "row"]
 SMALL: dict[str, Any] = {
     "vocab_size": tiny_models.VOCAB,
     "hidden_size": 48,
@@ -87,7 +89,7 @@ def test_every_family_keeps_its_logits_here_and_there(name: str, tmp_path: Path)
     start = model.state_dict()
     start = {key: value.clone() for key, value in start.items()}
     batch = PackedBatch.from_lengths([19, 19])
-    for level in LEVELS:
+    for level in ATTENTION_LEVELS:
         decoder = checkpoint.load(tmp_path, dtype=torch.float32).double()
         before = decoder.logits(decoder(tokens().flatten(), batch))
         ours = wisca_(decoder, level, level)
@@ -206,3 +208,96 @@ def test_a_layer_of_ones_own_tells_its_low_rank_pairs() -> None:
     (pair,) = wisca_(layer).pairs
     assert pair.factors < 1  # a was the larger
     torch.testing.assert_close(layer.b @ layer.a, product)
+
+
+@torch.no_grad()
+def test_annealed_adapters_of_peft_are_balanced_once_they_are_linear() -> None:
+    from serval.adapt.peft_variant import AfaLoraConfig, get_afa_model, set_beta
+
+    model = get_afa_model(other("mistral"), AfaLoraConfig(r=4, target_modules="all-linear")).eval()
+    train_a_little(model)
+    before = logits(model)
+    bent = wisca_(model, None, None)
+    assert not bent.pairs
+    assert len(bent.skipped) == 2 * 7
+    assert {why.split(" its")[0] for why in bent.skipped.values()} == {
+        "something non-linear stands between"
+    }
+    assert torch.equal(logits(model), before)
+    set_beta(model, 0.0)
+    before = logits(model)
+    report = wisca_(model, None, None)
+    assert [pair.kind for pair in report.pairs] == ["lora"] * (2 * 7)
+    assert not report.skipped
+    assert max(pair.before for pair in report.pairs) > 0.1
+    assert (logits(model) - before).abs().max() < 2e-5 * max(1.0, float(before.abs().max()))
+
+
+def test_a_variant_that_is_not_known_is_left_with_a_reason() -> None:
+    model = adapted(use_bdlora=None, init_lora_weights="mica")
+    train_a_little(model)
+    report = wisca_(model)
+    assert "MiCALinearVariant" in report.skipped[next(k for k in report.skipped if "lora" in k)]
+
+
+class Acts(WiscaTrainerCallback):
+    """Notes the global steps at which it rescaled."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.steps: list[int] = []
+
+    def note(self, state: Any, before: Any) -> None:
+        if self.last is not before:
+            self.steps.append(state.global_step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        before = self.last
+        super().on_train_begin(args, state, control, **given)
+        self.note(state, before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        before = self.last
+        super().on_step_end(args, state, control, **given)
+        self.note(state, before)
+
+
+def test_a_transformers_trainer_rescales_and_a_resumed_one_keeps_phase_and_bits(
+    tmp_path: Path,
+) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16)]
+
+    def train(where: str, stop: int, resume: bool = False) -> tuple[nn.Module, Acts]:
+        model = other("mistral")
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path / where),
+            max_steps=5,
+            per_device_train_batch_size=2,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            save_steps=stop,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+        )
+        acts = Acts(every=2)
+        trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[acts])
+        if resume:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+        else:
+            trainer.train()
+        state = trainer.optimizer.state
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        assert state[weight]["exp_avg"].shape == weight.shape
+        return model, acts
+
+    whole, acts = train("whole", 3)
+    assert acts.steps == [0, 2, 4]
+    assert acts.metrics.keys() == {"wisca_qk", "wisca_vo"}
+    again, after = train("again", 100, resume=True)
+    assert after.steps == [4]
+    for one, other_ in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other_)
+    with pytest.raises(ConfigError, match="every is -1"):
+        WiscaTrainerCallback(every=-1)

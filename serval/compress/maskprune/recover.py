@@ -277,7 +277,7 @@ def _optimizer(masked: MaskedDecoder, pruning: Pruning, rate: float) -> MixedOpt
         for leaf, parameter in (("lora_A", module.lora_A), ("lora_B", module.lora_B))
     }
     if updates:
-        group = _group(updates, pruning.lora_lr, Role.HIDDEN_MATRIX)
+        group = _group(updates, pruning.lora_lr, Role.LOW_RANK_FACTOR)
         optimizers.append(torch.optim.AdamW([group], weight_decay=0.0))
     return MixedOptimizer(optimizers)
 
