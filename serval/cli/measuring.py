@@ -155,9 +155,11 @@ def profile_kv(
     seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
 ) -> None:
     """Measure PrefixKV's shares per layer once, for --policy prefixkv:keep=...,profile=FILE."""
+    from serval.cache.policies.profile import check_target
     from serval.evaluate.cache_profile import ProfileOptions, print_shares, run
     from serval.evaluate.progress import progress_bar
 
+    check_target(out)  # before minutes of work
     options = ProfileOptions(
         model, f"prefixkv:keep={keep}", text, text_field, samples, length, seed
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -273,7 +274,44 @@ def test_profiles_average_samples_and_are_checked(tmp_path: Path) -> None:
         path.write_text(json.dumps(broken))
         with pytest.raises(CacheError, match=said):
             make_policy(f"prefixkv:keep=0.4,profile={path}").bind(specs)
+    for key, value in (
+        ("keep", "0.4"), ("keep", None), ("keep", True), ("keep", float("nan")), ("method", 3),
+        ("fingerprint", None), ("samples", "2"), ("fractions", [True, True]), ("fractions", 0.4),
+        ("fractions", ["a", "b"]), ("fractions", {"0": 0.4}), ("fractions", []),
+    ):  # fmt: skip
+        path.write_text(json.dumps({**values, key: value}))
+        with pytest.raises(CacheError, match=f"damaged cache profile: {key} is"):
+            Profile.read(path)
+    for count in (1, 3):
+        path.write_text(json.dumps({**values, "fractions": [0.4] * count}))
+        with pytest.raises(CacheError, match=f"{count} fractions for 2 attention layers"):
+            offline.bind(specs)
+    path.write_text("[" * 100_000)
+    with pytest.raises(CacheError, match="not a cache profile"):
+        Profile.read(path)
     with pytest.raises(CacheError, match="profile-kv"):
         make_policy(f"prefixkv:profile={tmp_path / 'none.json'}").bind(specs)
     with pytest.raises(CacheError, match="longer samples"):
         calibrate(decoder, make_policy("prefixkv"), [[1, 2, 3]])
+
+
+def test_a_profile_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = Profile("prefixkv", 0.2, [0.3, 0.1], "f", "m", 1, 1)
+    path = tmp_path / "new" / "profile.json"
+    profile.write(path)
+    assert [p.name for p in path.parent.iterdir()] == ["profile.json"]
+    with pytest.raises(CacheError, match="it is a folder"):
+        profile.write(tmp_path)
+    with pytest.raises(CacheError, match="cannot be written"):
+        profile.write(path / "deeper" / "profile.json")
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(CacheError, match="no space left"):
+        dataclasses.replace(profile, model="other").write(path)
+    assert Profile.read(path) == profile  # the one before
+    assert [p.name for p in path.parent.iterdir()] == ["profile.json"]

@@ -12,6 +12,7 @@ from serval.cache.manager import SequenceCache
 from serval.cache.memory import PagedMemory, cache_bytes_per_token
 from serval.cache.policies import POLICIES, make_policy
 from serval.cache.policies.base import Policy
+from serval.cache.policies.baselines import Local
 from serval.errors import CacheError
 from serval.models.attention import AttentionSpec
 from serval.models.memory import CausalMemory, materialise_latent
@@ -391,8 +392,16 @@ def test_refusals() -> None:
     with pytest.raises(CacheError, match=r"keep=0\.9.*bytes are needed"):
         memory_for([GQA, GQA], "prefixkv:keep=0.9", tokens=140)
     memory_for([GQA, GQA], "prefixkv:keep=0.9", tokens=152)
-    with pytest.raises(CacheError, match="'local' asks no queries"):
-        make_policy("local:queries=8")
+    for option in ("queries=8", "distance=1", "last=20", "recent=0.9"):
+        key = option.partition("=")[0]
+        with pytest.raises(
+            CacheError, match=f"'local' has no option '{key}'; it has: keep, start, least"
+        ):
+            make_policy(f"local:{option}")
+    with pytest.raises(CacheError, match="'local' has no option 'distance'"):
+        Local(distance=100)
+    with pytest.raises(CacheError, match="'keep' twice"):
+        make_policy("prefixkv:keep=0.2,start=2,keep=0.3")
     with pytest.raises(CacheError, match="queries=-1"):
         make_policy("uniform:queries=-1")
     softer = AttentionSpec("gqa", 4, 2, 16, 16, weights="sigmoid")

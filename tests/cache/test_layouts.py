@@ -212,6 +212,14 @@ def test_refusals_name_layout_and_feature() -> None:
         memory_for([GQA], "int9")
     with pytest.raises(CacheError, match="2 layouts"):
         memory_for([GQA], ["full", "int8"])
+    for kv, text in {
+        "oscar:bits=2,bits=4": "kv='oscar:bits=2,bits=4' gives 'bits' twice, 2 and 4",
+        "oscar:bits": "cannot read 'bits'",
+        "oscar:": "cannot read ''",
+        "oscar:bit=2": "has no option 'bit'",
+    }.items():
+        with pytest.raises(CacheError, match=text):
+            layout_class(kv)
 
 
 @pytest.mark.parametrize("kv", sorted(LAYOUTS))

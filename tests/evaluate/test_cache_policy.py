@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from serval.cache.policies.profile import Profile
-from serval.errors import ConfigError, DataError
+from serval.cli import app
+from serval.errors import CacheError, ConfigError, DataError
 from serval.evaluate import EvalOptions, cache_profile, run
 from serval.evaluate.cache_profile import ProfileOptions, draw_samples
 from serval.evaluate.perplexity import Window, continuations
@@ -84,6 +86,13 @@ def test_a_profile_of_a_checkpoint(model, texts, tmp_path) -> None:
         cache_profile.run(ProfileOptions(model, text=str(texts), length=600))
     with pytest.raises(ConfigError, match="--samples"):
         ProfileOptions(model, samples=0)
+
+
+def test_where_a_profile_goes_is_checked_before_it_is_measured(tmp_path) -> None:
+    words = ["profile-kv", str(tmp_path / "no model"), "--out", str(tmp_path)]
+    error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, CacheError)
+    assert "it is a folder" in str(error)
 
 
 def test_samples_come_from_different_documents() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from serval.errors import CacheError
+from serval.cache.options import split_options
 from serval.registry import Entry, resolve
 
 if TYPE_CHECKING:
@@ -74,16 +74,6 @@ def layout_class(kv: str) -> type[Layout]:
 
     Raises `ConfigError` for an unknown name, `CacheError` for a bad option.
     """
-    name, colon, rest = kv.partition(":")
+    name, given = split_options(kv, "kv")
     kind: type[Layout] = resolve(LAYOUTS, name, "cache layout")
-    if not colon:
-        return kind
-    given: dict[str, str] = {}
-    for part in rest.split(","):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise CacheError(
-                f"cannot read {part!r} in kv={kv!r}: expected name:option=value,option=value"
-            )
-        given[key.strip()] = value.strip()
-    return kind.configure(given, kv)
+    return kind.configure(given, kv) if given else kind

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from serval.errors import CacheError
+from serval.cache.options import split_options
 from serval.registry import Entry, resolve
 
 if TYPE_CHECKING:
@@ -48,15 +48,6 @@ def make_policy(policy: str | Policy) -> Policy:
     """
     if not isinstance(policy, str):
         return policy
-    name, colon, rest = policy.partition(":")
+    name, given = split_options(policy, "policy")
     kind: type[Policy] = resolve(POLICIES, name, "cache policy")
-    given: dict[str, str] = {}
-    for part in rest.split(",") if colon else []:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise CacheError(
-                f"cannot read {part!r} in policy={policy!r}: expected name:option=value,option="
-                "value"
-            )
-        given[key.strip()] = value.strip()
     return kind.configure(given)

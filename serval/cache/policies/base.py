@@ -47,10 +47,12 @@ class Policy(ABC):
         queries: only so many last queries of a prompt say what its tokens are worth; 0: all. A fact
             that only the question asks for is worth nothing to the queries before it.
 
-    Raises `CacheError` for values out of range.
+    Raises `CacheError` for values out of range, and for other values than the defaults of options
+    that the policy has no use for (`unused`).
     """
 
     name: ClassVar[str]
+    unused: ClassVar[tuple[str, ...]] = ()
     keep: float = 0.2
     start: int = 1
     last: int = 1
@@ -60,6 +62,9 @@ class Policy(ABC):
     queries: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in self.unused and getattr(self, field.name) != field.default:
+                raise self._unknown(field.name)
         if not 0 < self.keep <= 1:
             raise CacheError(
                 f"policy {self.name!r} got keep={self.keep}; it is the fraction that is kept: "
@@ -84,17 +89,26 @@ class Policy(ABC):
                 )
 
     @classmethod
+    def options(cls) -> list[str]:
+        """What may be set."""
+        fields = dataclasses.fields(cls)
+        return [field.name for field in fields if field.init and field.name not in cls.unused]
+
+    @classmethod
+    def _unknown(cls, key: str) -> CacheError:
+        known = ", ".join(cls.options())
+        return CacheError(f"policy {cls.name!r} has no option {key!r}; it has: {known}")
+
+    @classmethod
     def configure(cls, given: Mapping[str, str]) -> Policy:
         """This policy with options from text. Raises `CacheError` for an option it lacks or a value
         of the wrong type."""
-        known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for key, text in given.items():
-            if key not in known:
-                raise CacheError(
-                    f"policy {cls.name!r} has no option {key!r}; it has: {', '.join(known)}"
-                )
-            kind: Any = type(known[key].default)
+            if key not in cls.options():
+                raise cls._unknown(key)
+            kind: Any = type(defaults[key])
             try:
                 values[key] = _BOOLEANS[text.lower()] if kind is bool else kind(text)
             except (ValueError, KeyError):

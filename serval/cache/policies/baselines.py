@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from serval.cache.policies.allocators import Allocator, ProportionalAllocator, PyramidAllocator
 from serval.cache.policies.base import Policy
 from serval.cache.policies.scorers import Recency, Scorer
-from serval.errors import CacheError
 
 
 @dataclass
@@ -48,12 +47,9 @@ class Local(Uniform):
     StreamingLLM (arXiv 2309.17453) at true positions; start=0 is a plain local window."""
 
     name = "local"
+    # all but the first tokens are the last ones, and decoding drops the oldest of them
+    unused = ("last", "recent", "distance", "queries")
     start: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.queries:
-            raise CacheError("policy 'local' asks no queries; leave the option queries out")
 
     @property
     def scorer(self) -> Scorer:

@@ -63,6 +63,12 @@ class PrefixKV(Policy):
                 f"attention layers; this model's {len(specs)} layers are others: make a profile "
                 "with `serval profile-kv MODEL`"
             )
+        if len(found.fractions) != len(specs):
+            raise CacheError(
+                f"{self.profile} is a damaged cache profile: it has {len(found.fractions)} "
+                f"fractions for {len(specs)} attention layers; make another with `serval "
+                f"profile-kv MODEL --keep {self.keep}`"
+            )
         self._fractions = found.fractions
 
     @property

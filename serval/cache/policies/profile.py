@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serval.cache.policies.allocators import proportional
 from serval.cache.staging import measure_importance
@@ -43,9 +44,15 @@ class Profile:
     tokens: int
 
     def write(self, path: Path) -> None:
-        """Save as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+        """Save as JSON, whole or not at all. Raises `CacheError` where that is not possible."""
+        check_target(path)
+        temporary = path.with_name(path.name + ".writing")
+        try:
+            temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise CacheError(f"the cache profile {path} cannot be written: {error}") from None
 
     @classmethod
     def read(cls, path: Path) -> Profile:
@@ -57,17 +64,50 @@ class Profile:
                 f"there is no cache profile {path}: make one with `serval profile-kv MODEL --out "
                 f"{path}`"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CacheError(f"{path} is not a cache profile: {error}") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise CacheError(f"{path} is not a cache profile: its format is not {FORMAT!r}")
         try:
             found = cls(**values)
-            if not found.fractions or not all(0 < f <= 1 for f in found.fractions):
-                raise ValueError("fractions must lie in (0, 1]")
+            found._check()
         except (TypeError, ValueError) as error:
             raise CacheError(f"{path} is a damaged cache profile: {error}") from None
         return found
+
+    def _check(self) -> None:
+        """Raise ValueError naming a field that holds something else than it should."""
+        for name in ("method", "fingerprint", "model"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected text")
+        for name in ("samples", "tokens"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a whole number")
+        if not _is_share(self.keep):
+            raise ValueError(f"keep is {self.keep!r}, expected a number in (0, 1]")
+        shares = self.fractions
+        if not isinstance(shares, list) or not shares or not all(map(_is_share, shares)):
+            raise ValueError(f"fractions is {shares!r}, expected a list of numbers in (0, 1]")
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
+
+
+def check_target(path: Path) -> None:
+    """Make the folder of a profile to be written at `path`; raises `CacheError` where there can be
+    no such file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"the cache profile {path} cannot be written: {error}") from None
+    if path.is_dir():
+        raise CacheError(
+            f"the cache profile {path} cannot be written: it is a folder; name a file in it, such "
+            f"as {path / 'profile.json'}"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise CacheError(f"the cache profile {path} cannot be written: permission denied")
 
 
 def fingerprint(specs: Sequence[AttentionSpec]) -> str:
