@@ -21,22 +21,35 @@ def matrices(kind: str, m: int, n: int) -> Tensor:
         "gaussian": s,
         "geometric": torch.logspace(0, -6, s.shape[1], dtype=s.dtype).expand_as(s),
         "low rank": s * (torch.arange(s.shape[1]) < 4),
+        "rank one": s * (torch.arange(s.shape[1]) < 1),
     }[kind]
     return (u * spectrum[:, None, :] @ v).float()
 
 
+def error(x: Tensor, coefficients: str, dtype: torch.dtype) -> float:
+    """Largest relative difference from float64, over the batch."""
+    exact = orthogonalise(x, Iteration.make(coefficients, dtype=torch.float64))
+    ours = orthogonalise(x, Iteration.make(coefficients, dtype=dtype)).double()
+    return float(((ours - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).max())
+
+
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["gaussian", "geometric", "low rank"])
+@pytest.mark.parametrize("kind", ["gaussian", "geometric", "low rank", "rank one"])
 def test_float32_follows_float64(coefficients: str, shape: tuple[int, int], kind: str) -> None:
+    """To 1e-3 with the original coefficients and 8e-3 with the steeper ones, where bfloat16 is off
+    by 0.1 to 3."""
     torch.manual_seed(0)
     x = matrices(kind, *shape)
     before = x.clone()
-    ours = orthogonalise(x, Iteration.make(coefficients))
-    exact = orthogonalise(x, Iteration.make(coefficients, dtype=torch.float64))
+    found = error(x, coefficients, torch.float32)
     assert torch.equal(x, before)
-    error = (ours.double() - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
-    assert error.max() < (1e-5 if kind == "gaussian" else 8e-3)
+    if kind == "gaussian":
+        assert found < (1e-4 if 1 in shape else 1e-5)
+        return
+    assert found < (1e-3 if coefficients == "original" else 8e-3)
+    if 1 not in shape:
+        assert 0.1 < error(x, coefficients, torch.bfloat16) < 3.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from serval.train.distributed import World
-from tests.train.shard_worker import rescaling, train
+from tests.train.shard_worker import KINDS, rescaling, train
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of the runs of two processes."""
+    """Directory of the runs of two processes; those named "alone" were begun by one."""
     directory = tmp_path_factory.mktemp("two")
+    for kind in KINDS:
+        train(directory / f"{kind}-alone", kind, "uneven", 3, World())
+        shutil.copytree(directory / f"{kind}-alone", directory / f"{kind}-one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
         [*launcher, "-m", "tests.train.shard_worker", str(directory)],
@@ -81,3 +86,36 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path, two: Path)
     left = load_file(two / "alone" / "final.safetensors")
     right = load_file(tmp_path / "final.safetensors")
     assert all((left[name] - right[name]).abs().max() < 1e-2 for name in left)
+
+
+def assert_same_bits(left: Path, right: Path) -> None:
+    """Weights and the state of the optimizer."""
+    for name in ("final.safetensors", "state.safetensors"):
+        one, other = load_file(left / name), load_file(right / name)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert one[key].dtype == other[key].dtype, key
+            assert torch.equal(one[key], other[key]), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_run_resumes_bit_for_bit(kind: str, two: Path) -> None:
+    """Rows and experts shared out unevenly; Lite's noise goes on where it was."""
+    state = load_file(two / f"{kind}-undisturbed" / "state.safetensors")
+    assert {key.split("|")[1] for key in state} == {
+        *("step", "exp_avg", "exp_avg_sq", "momentum_buffer"),
+        *(("acceleration", "previous_gradient") if kind == "mona-two-buffers" else ()),
+        *(("gradient_average",) if kind in ("mona", "mona-lite") else ()),
+    }
+    assert_same_bits(two / f"{kind}-undisturbed", two / f"{kind}-resumed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_the_same_bits_for_any_number_of_processes(
+    kind: str, two: Path, tmp_path: Path
+) -> None:
+    """Two processes load what one saved, and one what two saved."""
+    assert_same_bits(two / f"{kind}-one", two / f"{kind}-alone")
+    shutil.copytree(two / f"{kind}-stopped" / "checkpoints", tmp_path / "checkpoints")
+    train(tmp_path, kind, "uneven", 3, World())
+    assert_same_bits(two / f"{kind}-stopped", tmp_path)

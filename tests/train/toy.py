@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ def toy_trainer(
     callbacks = changes.pop("callbacks", ())
     stream = changes.pop("stream", None) or ToyStream(32)
     validation = changes.pop("validation", ())
+    make = changes.pop("make_optimizer", None) or functools.partial(
+        build, optimizer, options=OptimizerOptions(lr=3e-3), note=lambda line: None
+    )
     settings = Settings(
         **{
             "steps": steps,
@@ -73,7 +77,7 @@ def toy_trainer(
     )
     return Trainer(
         decoder,
-        lambda model: build(optimizer, model, OptimizerOptions(lr=3e-3), lambda line: None),
+        make,
         WarmupStableDecay(max(steps, 8), warmup_steps=2, decay_steps=2),
         stream,
         settings,
