@@ -50,6 +50,11 @@ class Attention:
     o: Tensor
     function: Any = None
 
+    @property
+    def normalised(self) -> bool:
+        """Whether the weights of a row sum to 1, those of a silent logit or a bias key included."""
+        return self.function is None or hasattr(self.function, "column")
+
     @cached_property
     def _received(self) -> tuple[Tensor, Tensor]:
         return self.received()

@@ -67,6 +67,8 @@ class InspectOptions:
             if value is not None and value < bound:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} must be at least {bound}, got {value}")
+        if self.bits > preserve.MAX_BITS:
+            raise ConfigError(f"--bits must be at most {preserve.MAX_BITS}, got {self.bits}")
         if not 0 < self.epsilon < 1:
             raise ConfigError(f"--epsilon must lie between 0 and 1, got {self.epsilon}")
         most = LONGEST if self.tokens is None else self.tokens

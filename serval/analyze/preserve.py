@@ -25,6 +25,7 @@ from torch import Tensor
 from serval.errors import ConfigError
 
 GROUP = 32
+MAX_BITS = 8
 
 
 def first_tokens(count: int, length: int) -> list[int]:
@@ -115,10 +116,10 @@ class SinkPreserving:
     quantiser: str = "kivi"
 
     def __post_init__(self) -> None:
-        if self.quantiser not in QUANTISERS or not 1 <= self.bits <= 8:
+        if self.quantiser not in QUANTISERS or not 1 <= self.bits <= MAX_BITS:
             raise ConfigError(
-                f"a quantised cache takes 1 to 8 bits and one of {', '.join(QUANTISERS)}, got "
-                f"{self.bits} bits and {self.quantiser!r}"
+                f"a quantised cache takes 1 to {MAX_BITS} bits and one of {', '.join(QUANTISERS)}, "
+                f"got {self.bits} bits and {self.quantiser!r}"
             )
 
     def __call__(

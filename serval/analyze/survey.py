@@ -185,12 +185,14 @@ def sink_rate(
 ) -> Tensor:
     """Sink rate of key `key` per layer and head, in percent: [layers, heads] (Gu et al.).
 
-    The share of sequences in which alpha_key exceeds epsilon; the model's rate is the mean.
+    The share of sequences in which alpha_key exceeds epsilon; the model's rate is the mean. Rows of
+    attention that does not normalise them (sigmoid, softpick, clipped, elastic) are divided by
+    their sums first, as Gu et al. do; what goes to a silent logit or a bias key stays there.
     """
     hits: dict[int, list[Tensor]] = {}
 
     def look(attention: Attention) -> None:
-        alpha = metrics.importance(attention)
+        alpha = metrics.importance(attention, renormalise=not attention.normalised)
         hits.setdefault(attention.layer, []).append(metrics.sink_hits(alpha, epsilon)[:, key])
 
     device = decoder.norm.weight.device

@@ -32,6 +32,7 @@ KINDS: dict[str, dict] = {
     "shortcut": {"moe": MOE, "block": "shortcut"},
     "softmax1": {"attention": AttentionVariants(weights="softmax1")},
     "softpick": {"attention": AttentionVariants(weights="softpick", gate="headwise")},
+    "sigmoid": {"attention": AttentionVariants(weights="sigmoid")},
     "kv bias": {"attention": AttentionVariants(weights="kv_bias")},
 }
 

@@ -128,6 +128,8 @@ def test_windows_come_from_the_text() -> None:
     ("words", "text"),
     [
         (["--tokens", "4"], "--tokens must be at least 16"),
+        (["--bits", "0"], "--bits must be at least 1"),
+        (["--bits", "9"], "--bits must be at most 8"),
         (["--epsilon", "1.5"], "--epsilon must lie between 0 and 1"),
         (["--tau", "1000"], "--tau must lie between 1 and --tokens"),
         (["--tokens", "4096"], "exceeds the model's context of 128"),

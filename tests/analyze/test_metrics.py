@@ -174,6 +174,11 @@ def test_survey_of_a_decoder(kind: str) -> None:
     sums = torch.stack([m.sum(-1).mean(-1) for m in matrices[0]]).mean(0)
     torch.testing.assert_close(survey.heads.row_sum[0].double(), sums, rtol=1e-4, atol=1e-4)
     assert len(survey.layers) == decoder.config.num_hidden_layers
+    if kind in ("softpick", "sigmoid"):  # Gu et al.: rows over their sums
+        matrices = {
+            n: [m / (m.sum(-1, keepdim=True) + 1e-8) for m in found]
+            for n, found in matrices.items()
+        }
     rates = sink_rate(decoder, sequences, epsilon=0.1)
     hits = torch.stack(
         [
