@@ -29,7 +29,7 @@ from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.engine import Engine, EngineStats
 from serval.engine.params import SamplingParams
 from serval.engine.request import Delta, Request, RequestOutput
-from serval.errors import ConfigError, RequestError
+from serval.errors import CacheError, ConfigError, RequestError
 from serval.models import checkpoint
 from serval.models.decoder import Decoder
 
@@ -124,6 +124,8 @@ class LLM:
             wanted = blocks * math.ceil(per_token * block_size) + states
             cache_bytes = min(wanted, int(_DEFAULT_MEMORY * _free_memory(weight.device)))
             room = cache_bytes - states
+            if room < per_token * block_size:
+                raise CacheError(_no_room(kv, cache_bytes, states, max_sequences))
             if max_model_len is None and 0 < per_token * (limit + block_size) > room:
                 limit = max(0, int(room // (per_token * block_size))) * block_size
                 logger.warning("the free memory holds %d tokens: max_model_len is set to it", limit)
@@ -347,6 +349,16 @@ def _eos_token_ids(decoder: Decoder, tokenizer: Any, directory: Path | None) -> 
     own = getattr(tokenizer, "eos_token_id", None)
     ids += [] if own is None else [own]
     return [i for i in dict.fromkeys(ids) if 0 <= i < decoder.config.vocab_size]
+
+
+def _no_room(kv: str | Sequence[str], cache_bytes: int, states: int, max_sequences: int) -> str:
+    least = f"the states of {max_sequences} sequences with kv={kv!r} alone are {states:,} bytes"
+    return (
+        f"a quarter of the free memory, {cache_bytes:,} bytes, holds no token: "
+        f"{least if states else 'one block is more'}. Lower "
+        f"{f'the options in kv={kv!r} or max_sequences' if states else 'block_size'}, or give "
+        "cache_bytes"
+    )
 
 
 def _free_memory(device: torch.device) -> int:

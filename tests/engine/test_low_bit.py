@@ -7,6 +7,7 @@ import random
 import pytest
 
 from serval import SamplingParams
+from serval.errors import CacheError
 
 from .helpers import greedy, tiny_decoder, tiny_llm
 
@@ -102,6 +103,13 @@ def test_preempted_requests_are_computed_again_and_end() -> None:
     assert tight.stats().preemptions > 0
     assert found[:1] == texts(roomy, batch[:1])  # the first is never preempted
     assert [len(tokens) for tokens in found] == [COUNT] * 3
+
+
+@pytest.mark.parametrize("kv", ["oscar:residual=100000000", "streaming:recent=100000000000"])
+def test_states_beyond_memory_are_refused(kv: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CacheError, match=f"holds no token: .*Lower the options in kv='{kv}'"):
+        tiny_llm(kv=kv, block_size=32)
+    assert not caplog.records  # the refusal says it all
 
 
 def test_a_cancelled_request_gives_back_blocks_and_window() -> None:
