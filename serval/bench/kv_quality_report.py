@@ -59,9 +59,10 @@ def findings(report: Report) -> list[str]:
             continue
         lost, worse = -ours["retrieval_change"], ours["perplexity_change"]
         served = ours["served_perplexity_change"]
+        error = f" ± {ours['retrieval_error']:.1f}" if "retrieval_error" in ours else ""
         text = (
-            f"`{kv}`, 2 bits, window {window}: {lost:+.1f} points of retrieval lost, perplexity "
-            f"{worse:+.2%}, in chunks of 256 {served:+.2%}"
+            f"`{kv}`, 2 bits, window {window}: {lost:+.1f}{error} points of retrieval lost, "
+            f"perplexity {worse:+.2%}, in chunks of 256 {served:+.2%}"
         )
         if window == 128:
             verdicts = [lost <= MOST_POINTS, worse <= MOST_PERPLEXITY, served <= MOST_PERPLEXITY]

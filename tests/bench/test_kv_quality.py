@@ -28,6 +28,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     full, ours = (case.metrics for case in report.cases)
     assert [case.case for case in report.cases] == ["full", "oscar window 32"]
     assert full["kl"] == pytest.approx(0, abs=1e-5)
+    assert full["retrieval_seeds"] == [full["retrieval"]]
     assert full["perplexity_change"] == full["retrieval_change"] == 0
     assert ours["kl"] > 1e-3  # what is measured sees quantised keys
     assert 2 < ours["bits"] < 4 < full["bits"]
@@ -96,6 +97,10 @@ def test_the_report_says_whether_claims_are_met(tmp_path: Path) -> None:
     for change, verdict in ((-0.5, "met"), (-3.0, "not met")):
         (line,) = [x for x in kv_quality_report.findings(made(change)) if "2 %" in x]
         assert line.endswith(f": {verdict}, met, met.")
+    several = made(0.0)
+    for case in several.cases:
+        case.metrics["retrieval_error"] = 0.84
+    assert any("-0.0 ± 0.8 points" in line for line in kv_quality_report.findings(several))
     lines = kv_quality_report.findings(made(0.0))
     assert any("0.50 of that of kivi" in line for line in lines)
     assert sum("Keys of two norms" in line for line in lines) == 2
