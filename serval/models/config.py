@@ -7,6 +7,7 @@ this one and back.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -125,6 +126,17 @@ class AttentionVariants:
                     f"model.attention.{key} is {getattr(self, key)!r}; expected one of "
                     f"{', '.join(map(repr, choices))}"
                 )
+        for key in ("value_gate", "value_bias", "neutral"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(
+                    f"model.attention.{key} is {getattr(self, key)!r}; expected true or false"
+                )
+        for key in ("alpha", "sigmoid_bias", "elastic_tau", "gate_init"):
+            value = getattr(self, key)
+            if not _is_finite(value) and (value is not None or key != "sigmoid_bias"):
+                raise ConfigError(f"model.attention.{key} is {value!r}; expected a finite number")
+        if self.alpha < 0:
+            raise ConfigError(f"model.attention.alpha is {self.alpha}; expected at least 0")
         if not 0 < self.gate_init < 1:
             raise ConfigError(f"model.attention.gate_init is {self.gate_init}; expected 0 < it < 1")
         fixed = ("softmax1", "clipped", "softpick", "sigmoid")
@@ -223,6 +235,11 @@ class ModelConfig:
                 )
             if "sliding" in self.layer_types and not self.sliding_window:
                 raise ConfigError("model.layer_types has sliding layers: set model.sliding_window")
+        if not isinstance(self.attention, AttentionVariants):
+            raise ConfigError(
+                f"model.attention is {self.attention!r}; expected an object, such as "
+                "{'weights': 'softmax1'}"
+            )
         self.attention.check(self.mla is not None)
         if self.attention_sinks and self.attention.weights != "softmax":
             raise ConfigError(
@@ -278,6 +295,11 @@ class ModelConfig:
 
 
 _PARTS = {"rope": RopeConfig, "mla": MLAConfig, "moe": MoEConfig, "attention": AttentionVariants}
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -math.inf < value < math.inf
 
 
 def _positive(key: str, value: Any) -> None:

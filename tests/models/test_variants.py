@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,17 @@ def test_layouts_without_stored_keys_refuse_at_load() -> None:
         assert torch.allclose(got, whole(decoder, ids), atol=0.1)
 
 
+@pytest.mark.parametrize(("key", "value"), [("alpha", "4"), ("gate_init", "x"), ("gate", 1)])
+def test_bad_variants_in_a_checkpoint_are_refused(key: str, value: object, tmp_path: Path) -> None:
+    checkpoint.save(made(VARIANTS["clipped"]), tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["serval_attention"][key] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"config\.json: serval_attention: .*{key} is"):
+        checkpoint.load(tmp_path)
+
+
 def test_registry_and_config_agree() -> None:
     for name in ATTENTION_WEIGHTS:
         config(AttentionVariants(name))
@@ -232,6 +244,17 @@ def test_errors_name_the_key() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             config(bad)
+    plain = config(AttentionVariants()).to_dict()
+    for key, value in [
+        ("gate_init", "x"), ("alpha", "4"), ("alpha", float("nan")), ("alpha", float("inf")),
+        ("alpha", None), ("alpha", True), ("alpha", -1.0), ("sigmoid_bias", "0"),
+        ("elastic_tau", float("-inf")), ("value_gate", "no"), ("value_bias", 1),
+        ("neutral", None), ("weights", ["softmax"]), ("gate", 3),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"model\.attention\.{key} is "):
+            ModelConfig.from_dict({**plain, "attention": {key: value}})
+    with pytest.raises(ConfigError, match="expected an object"):
+        ModelConfig.from_dict({**plain, "attention": "softmax1"})
     with pytest.raises(ConfigError, match="attention_sinks"):
         config(AttentionVariants("sink_logit"), attention_sinks=True)
     with pytest.raises(ConfigError, match="softmax attention only"):

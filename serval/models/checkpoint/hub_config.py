@@ -85,7 +85,7 @@ def write_variants(config: ModelConfig, values: dict[str, Any]) -> dict[str, Any
 
 
 def read_variants(values: dict[str, Any]) -> tuple[dict[str, Any], AttentionVariants]:
-    """The inverse of `write_variants`. Raises ConfigError for an unknown key."""
+    """The inverse of `write_variants`. Raises ConfigError for an unknown key or a bad value."""
     kind = values.get("model_type")
     if not isinstance(kind, str) or not kind.startswith(_OWN):
         return values, AttentionVariants()
@@ -96,7 +96,12 @@ def read_variants(values: dict[str, Any]) -> tuple[dict[str, Any], AttentionVari
             f"config.json: serval_attention is {given!r}; expected an object with keys of "
             f"{', '.join(sorted(known))}"
         )
-    return {**values, "model_type": kind.removeprefix(_OWN)}, AttentionVariants(**given)
+    variants = AttentionVariants(**given)
+    try:
+        variants.check(mla=False)
+    except ConfigError as error:
+        raise ConfigError(f"config.json: serval_attention: {error}") from None
+    return {**values, "model_type": kind.removeprefix(_OWN)}, variants
 
 
 def read_common(hub: HubConfig, *, theta: float = 10000.0, eps: float = 1e-6) -> dict[str, Any]:
