@@ -13,7 +13,7 @@ from .helpers import greedy, tiny_decoder, tiny_llm
 
 COUNT = 36
 GREEDY = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
-NAMES = ["oscar", "oscar:sinks=4", "kivi", "int4"]
+NAMES = ["oscar", "oscar:sinks=4", "kivi", "int4", "q4_0"]
 
 
 def short(kv: str) -> str:

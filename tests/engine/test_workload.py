@@ -47,7 +47,7 @@ def test_random_traffic_of_latents(
     random_traffic("mla", seed, spare, block, batch, sequences, prefix_caching, kv)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     spare=st.integers(0, 4),
@@ -60,6 +60,8 @@ def test_random_traffic_of_latents(
             "oscar:residual=64,sinks=3",
             "kivi:residual=32",
             "int2:residual=32",
+            "q4_0",
+            ["q4_0:residual=64,sinks=2", "full"],
             ["oscar:residual=32", "full"],
             ["int4:residual=32", "oscar:residual=64,bits=4"],
         ]

@@ -90,16 +90,31 @@ def test_errors_stay_within_a_step(name: str) -> None:
     k, v = rows(fmt, 32)
     got_k, got_v = through(fmt, k, v)
     norms = reference.token_norms(k)[:, None, None] if fmt.norms else torch.ones(32, 1, 1)
-    if fmt.zero == "symmetric":
-        return  # its steps follow the largest number, not the range
     bound = 1.0 if fmt.zero == "int" else 0.5  # the rounded zero point may cost half a step
     if fmt.keys == "channel":
         u = k / norms
         step = (u.amax(0) - u.amin(0)) / (2**fmt.key_bits - 1)
         assert ((got_k / norms - u).abs() <= step * bound * 1.01 + 1e-6).all()
-    groups = v[..., :32]
-    step = (groups.amax(-1) - groups.amin(-1)) / (2**fmt.value_bits - 1)
-    assert ((got_v - v)[..., :32].abs() <= step[..., None] * bound * 1.01 + 1e-3).all()
+    of_tokens = [(v, got_v, fmt.value_bits)]
+    if fmt.keys == "token":
+        of_tokens.append((k, got_k, fmt.key_bits))
+    for x, got, bits in of_tokens:
+        group, found = x[..., :32], got[..., :32]
+        if fmt.zero == "symmetric":
+            # 2^(b-1) steps to the number farthest from 0, one less on its other side
+            farthest = group.gather(-1, group.abs().argmax(-1, keepdim=True))
+            step = farthest.abs() / 2 ** (bits - 1)
+            other = (2 ** (bits - 1) - 1) * step
+            group = torch.where(
+                farthest > 0, torch.maximum(group, -other), torch.minimum(group, other)
+            )
+            exact = found.gather(-1, x[..., :32].abs().argmax(-1, keepdim=True))
+            torch.testing.assert_close(exact, farthest, rtol=1e-3, atol=1e-3)
+        else:
+            step = (group.amax(-1) - group.amin(-1))[..., None] / (2**bits - 1)
+        error = (found - group).abs()
+        assert (error <= step * bound * 1.01 + 1e-3).all()
+        assert error.max() > 0.2 * step.max()  # it is quantised
 
 
 @pytest.mark.parametrize("zero", ["int", "min"])
