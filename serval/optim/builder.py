@@ -239,6 +239,20 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
 }
 
+_ADAMW_READS = frozenset({"lr", "betas", "eps", "weight_decay", "roles"})
+_MUON_READS = _ADAMW_READS | {
+    *("muon_lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_dtype", "muon_adjust"),
+}
+_MONA_READS = _MUON_READS | {"mona_alpha", "mona_beta"}
+
+# fields of `OptimizerOptions` that each optimizer reads
+READS: dict[str, frozenset[str]] = {
+    "adamw": _ADAMW_READS,
+    "muon": _MUON_READS,
+    "mona": _MONA_READS,
+    "mona-lite": _MONA_READS,
+}
+
 
 def build(
     name: str,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import nn
 
 from serval.data.options import DataOptions, check_options
@@ -25,6 +25,7 @@ from serval.models.config import ModelConfig
 from serval.models.initialize import INITIALIZERS
 from serval.optim import (
     OPTIMIZERS,
+    READS,
     SCHEDULES,
     OptimizerOptions,
     Role,
@@ -40,6 +41,9 @@ S = TypeVar("S", bound=BaseModel)
 D = TypeVar("D")
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average: the share that is kept
 
 
 class Section(BaseModel):
@@ -51,30 +55,59 @@ class Section(BaseModel):
 class RoleSection(Section):
     """lr: multiplier of the learning rate. weight_decay: instead of the optimizer's."""
 
-    lr: float = 1.0
-    weight_decay: float | None = None
+    lr: Factor = 1.0
+    weight_decay: Factor | None = None
 
 
 class OptimizerSection(Section):
-    """See `serval.optim.OptimizerOptions`; `name` is a key of `serval.optim.OPTIMIZERS`."""
+    """See `serval.optim.OptimizerOptions`; `name` is a key of `serval.optim.OPTIMIZERS`.
+
+    A key that the optimizer does not read is an error; null takes such a key back.
+    """
 
     name: str = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    muon_lr: float | None = None
-    momentum: float = 0.95
+    lr: Rate = 1e-3
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: Rate = 1e-8
+    weight_decay: Factor = 0.1
+    muon_lr: Rate | None = None
+    momentum: Decay = 0.95
     nesterov: bool = True
-    ns_steps: Positive = 5
+    ns_steps: Annotated[int, Field(gt=0, lt=100)] = 5
     ns_coefficients: Literal["original", "polar_express", "dion"] = "original"
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     muon_adjust: Literal["original", "match_rms_adamw", "spectral_unclamped", "update_norm"] = (
         "match_rms_adamw"
     )
-    mona_alpha: float | None = None
-    mona_beta: Annotated[float, Field(ge=0, lt=1)] = 0.975
+    mona_alpha: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    mona_beta: Decay = 0.975
     roles: dict[Role, RoleSection] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_back(cls, values: Any) -> Any:
+        """Leave out what is null and not read: another optimizer's key, taken back."""
+        if not isinstance(values, dict):
+            return values
+        name = values.get("name", cls.model_fields["name"].default)
+        known = cls.model_fields.keys() - {"name"}
+        unread = known - READS[name] if isinstance(name, str) and name in READS else set()
+        return {k: v for k, v in values.items() if v is not None or k not in unread}
+
+    def check(self) -> None:
+        """Raise ConfigError for an unknown name, for keys that the optimizer does not read, and for
+        numbers that it would refuse."""
+        resolve(OPTIMIZERS, self.name, "optimizer")
+        for key in sorted(self.model_fields_set - READS[self.name] - {"name"}):
+            readers = ", ".join(name for name in OPTIMIZERS if key in READS[name])
+            raise ConfigError(
+                f"optimizer.{key} means nothing to optimizer {self.name!r}; leave it out (null on "
+                f"the command line), or choose one that reads it: {readers}"
+            )
+        try:
+            build(self.name, nn.Linear(2, 2), self.options(), lambda line: None)
+        except ConfigError as error:
+            raise ConfigError(f"optimizer: {error}") from error
 
     def options(self) -> OptimizerOptions:
         """The same settings as `serval.optim.build` takes them."""
@@ -177,12 +210,7 @@ class Run(Section):
     def check_choices(self) -> None:
         """Raise ConfigError for what one section's types cannot tell: names, and numbers that must
         fit each other."""
-        resolve(OPTIMIZERS, self.optimizer.name, "optimizer")
-        options = self.optimizer.options()
-        try:  # its numbers, before any data is read
-            build(self.optimizer.name, nn.Linear(2, 2), options, lambda line: None)
-        except ValueError as error:  # torch's own
-            raise ConfigError(f"optimizer: {error}") from error
+        self.optimizer.check()
         self.build_callbacks()
         rows, share = self.train.batch_rows, self.train.micro_batch_rows
         if rows % share:

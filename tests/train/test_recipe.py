@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from torch import nn
 
 from serval.errors import ConfigError
-from serval.optim import OPTIMIZERS, Role
+from serval.optim import OPTIMIZERS, READS, OptimizerOptions, Role, build
 from serval.train.checkpoint import flatten
 from serval.train.distributed import World
 from serval.train.recipe import load_recipe
@@ -63,6 +66,16 @@ def test_overrides(tmp_path: Path) -> None:
         ("train: {steps: 0}", r"train\.steps: expected greater than 0, got 0"),
         ("train: {steps: 1, dtype: fp8}", r"train\.dtype: expected 'auto', .*got 'fp8'"),
         ("data: {sorce: x}", r"unknown key 'data\.sorce' \(did you mean 'source'\?\)"),
+        ("optimizer: {lr: .inf}", r"optimizer\.lr: expected a finite number, got inf"),
+        ("optimizer: {betas: [2, 2]}", r"optimizer\.betas\.0: expected less than 1, got 2"),
+        ("optimizer: {eps: 0}", r"optimizer\.eps: expected greater than 0, got 0"),
+        ("optimizer: {weight_decay: .nan}", r"optimizer\.weight_decay: expected .*, got nan"),
+        ("optimizer: {name: muon, muon_lr: -3}", r"optimizer\.muon_lr: expected greater than 0"),
+        ("optimizer: {name: muon, momentum: 1}", r"optimizer\.momentum: expected less than 1"),
+        ("optimizer: {name: muon, ns_steps: 100}", r"optimizer\.ns_steps: expected less than 100"),
+        ("optimizer: {name: mona, mona_alpha: .nan}", r"optimizer\.mona_alpha: expected a finite"),
+        ("optimizer: {roles: {norm: {lr: -1}}}", r"roles\.norm\.lr: expected greater than or"),
+        ("optimizer: {roles: {norm: {weight_decay: -1}}}", r"roles\.norm\.weight_decay: expected"),
         ("model: {hidden_siz: 3}", r"unknown key 'model\.hidden_siz' \(did you mean 'hidden_size'"),
         ("model: {hidden_size: wide}", r"model\.hidden_size: expected int, got 'wide'"),
         ("model: {rope: {knd: yarn}}", r"unknown key 'model\.rope\.knd' \(did you mean 'kind'\?\)"),
@@ -107,6 +120,10 @@ QK = GOOD.replace("model: {", "model: {qk_norm: true, ")
     ("override", "message"),
     [
         ("optimizer.name=sgd", "unknown optimizer 'sgd'"),
+        ("optimizer.muon_lr=0.1", r"optimizer\.muon_lr means nothing to optimizer 'adamw'.*muon"),
+        ("optimizer.mona_beta=0.9", "means nothing to optimizer 'adamw'.*: mona, mona-lite"),
+        ("optimizer={name: muon, mona_beta: 0.9}", r"mona_beta means nothing to optimizer 'muon'"),
+        ("optimizer={name: mona, mona_alpha: -40}", r"optimizer: mona alpha is -40.*= 40"),
         ("initializer=zeros", "unknown initializer 'zeros'"),
         ("schedule.name=step", "unknown schedule 'step'"),
         ("schedule.warmup_steps=11", "exceed the 10 steps"),
@@ -158,11 +175,42 @@ def test_fingerprint_ignores_where_and_how_long(tmp_path: Path) -> None:
 
 def test_settings_tell_which_options_hold_their_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    chosen = ["optimizer.momentum=0.9", "train.clip_norm=1.0"]
+    chosen = ["optimizer.eps=1.0e-9", "train.clip_norm=1.0"]
     settings = settings_of(load_recipe(path, chosen), World())
     assert settings.defaults >= {"train.clip_norm", "optimizer.mona_beta", "initializer"}
-    assert not settings.defaults & {"optimizer.momentum", "train.batch_rows", "model.hidden_size"}
+    assert not settings.defaults & {"optimizer.eps", "train.batch_rows", "model.hidden_size"}
     assert settings.defaults < set(flatten(settings.fingerprint or {}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_an_optimizer_reads_is_what_changes_its_groups(name: str) -> None:
+    """Every option but the roles, against what is built from it."""
+    given: dict[str, Any] = {
+        "lr": 0.5, "betas": (0.1, 0.2), "eps": 0.5, "weight_decay": 0.5, "muon_lr": 0.5,
+        "momentum": 0.5, "nesterov": False, "ns_steps": 3, "ns_coefficients": "dion",
+        "ns_dtype": "bfloat16", "muon_adjust": "original", "mona_alpha": 1.0, "mona_beta": 0.5,
+    }  # fmt: skip
+    assert {*given, "roles"} == {field.name for field in dataclasses.fields(OptimizerOptions)}
+
+    def groups(**options: Any) -> list[dict[str, Any]]:
+        built = build(name, nn.Linear(2, 2), OptimizerOptions(**options)).param_groups
+        return [{k: v for k, v in group.items() if k != "params"} for group in built]
+
+    read = {key for key, value in given.items() if groups(**{key: value}) != groups()}
+    assert read == READS[name] - {"roles"}
+
+
+def test_null_takes_back_the_key_of_another_optimizer(tmp_path: Path) -> None:
+    muon = "optimizer: {name: muon, muon_lr: 0.1, muon_adjust: original}\n"
+    path = write(tmp_path, GOOD + muon)
+    assert load_recipe(path).optimizer.muon_lr == 0.1
+    adamw = ["optimizer.name=adamw", "optimizer.muon_lr=null"]
+    with pytest.raises(ConfigError, match=r"optimizer\.muon_adjust means nothing.*null on the"):
+        load_recipe(path, adamw)
+    recipe = load_recipe(path, [*adamw, "optimizer.muon_adjust=null"])
+    assert recipe.fingerprint() == load_recipe(write(tmp_path, GOOD)).fingerprint()
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: expected float, got None"):
+        load_recipe(path, ["optimizer.lr=null"])
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
