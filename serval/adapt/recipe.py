@@ -75,6 +75,13 @@ class TuneRecipe(Run):
         values = super().fingerprint()
         return {**values, "steps": self.train.steps}
 
+    def written(self) -> dict[str, Any]:
+        """Also without the keys of `adapter` that the method would refuse."""
+        values = super().written()
+        refused = resolve(METHODS, self.method, "method").refused
+        values["adapter"] = {k: v for k, v in values["adapter"].items() if k not in refused}
+        return values
+
     def build_method(self) -> Full:
         """The method; raises ConfigError for keys of `adapter` that it would not read."""
         kind: type[Full] = resolve(METHODS, self.method, "method")

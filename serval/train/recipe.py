@@ -197,6 +197,14 @@ class Run(Section):
             values["train"].pop(key)
         return values
 
+    def written(self) -> dict[str, Any]:
+        """The recipe as JSON values, defaults included, that can be read as a recipe again: without
+        the keys that its optimizer would refuse."""
+        values = self.model_dump(mode="json")
+        read = READS[self.optimizer.name] | {"name"}
+        values["optimizer"] = {k: v for k, v in values["optimizer"].items() if k in read}
+        return values
+
     def build_callbacks(self) -> list[Callback]:
         """The methods under `callbacks`, in the recipe's order; raises ConfigError naming every
         wrong key."""

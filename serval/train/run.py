@@ -137,7 +137,7 @@ def prepare_directory(recipe: Run, world: World, fresh: bool) -> None:
     """Create the output directory with a copy of the recipe; `fresh` clears an earlier run."""
     directory = recipe.directory
     if world.is_main:
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        text = yaml.safe_dump(recipe.written(), sort_keys=False)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if fresh:

@@ -289,6 +289,8 @@ def test_other_methods_and_validation(method: str, make: Any, tmp_path: Path) ->
     assert "validation_loss" in lines[-1]
     assert all("beta" not in line for line in lines)
     assert result.step == len([line for line in lines if "loss" in line])
+    again = load_tune_recipe(tmp_path / "out" / "recipe.yaml")  # the copy is a recipe too
+    assert again.written() == yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     if method == "full":
         assert result.adapter is None
         assert LLM(result.model).generate("one:", SamplingParams(max_tokens=2))
