@@ -35,6 +35,8 @@ class Override:
                     f"override {text!r}: expected PATTERN:key=value,... with keys "
                     f"{', '.join(_READ)}, for example '*down_proj:bits=8'"
                 )
+            if key in changes:
+                raise ConfigError(f"override {text!r} gives {key!r} twice; leave one out")
             changes[key] = _READ[key](value)
         return cls(pattern, changes)
 

@@ -256,6 +256,7 @@ def test_missing_scale_is_named(tmp_path, source):
         ({"ignore": ["*"]}, "no matrix would be quantised: all 15 stay in float"),
         ({"overrides": ["*down_proj:bit=8"]}, "expected PATTERN:key=value"),
         ({"overrides": ["*down_proj:bits=5"]}, "4 or 8 bits, got bits=5"),
+        ({"overrides": ["*down_proj:bits=4,bits=8"]}, "gives 'bits' twice"),
         ({"group_size": 48}, "up_proj: group_size=48 does not divide the 64 inputs|48 does not"),
         ({"group_size": "row"}, "group size 'row'"),
         ({"format": "zip"}, "format is 'zip'"),
