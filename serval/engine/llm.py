@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import os
 import reprlib
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,13 +21,14 @@ import torch
 from serval.adapt.serving import AdapterBank
 from serval.cache.budgeted import make_memory
 from serval.cache.layouts import layout_class
-from serval.cache.memory import cache_bytes_per_token, cache_state_bytes, layer_layouts
+from serval.cache.memory import layer_layouts
 from serval.cache.policies.base import Policy
 from serval.data.tokenizer import holds_tokenizer, load_tokenizer
 from serval.engine.engine import Engine, EngineStats
 from serval.engine.params import SamplingParams
 from serval.engine.request import Delta, Request, RequestOutput
-from serval.errors import CacheError, ConfigError, RequestError
+from serval.engine.sizing import cache_size
+from serval.errors import ConfigError, RequestError
 from serval.models import checkpoint
 from serval.models.decoder import Decoder
 
@@ -40,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 Prompts = str | list[str] | list[int] | list[list[int]]
 Loras = str | Sequence[str | None] | None
-_DEFAULT_SEQUENCES = 16  # full-length sequences that the default cache budget holds
-_DEFAULT_MEMORY = 0.25  # and at most this share of the free memory
 _CPU_ROWS, _GPU_ROWS = 512, 2048  # of a step
 
 
@@ -65,7 +62,8 @@ class LLM:
         max_batch_tokens: rows of one step; long prompts are cut into chunks of this size. By
             default 512 on CPUs, whose caches hold the activations of so many rows, else 2048, and
             at least `max_sequences`.
-        max_sequences: sequences that run at once.
+        max_sequences: sequences that run at once; by default 64, or as many as have their states in
+            a quarter of cache_bytes, with a layout that keeps some (kv="oscar").
         dtype: by default float32 on CPUs, bfloat16 on GPUs.
         seed: for requests that bring no seed of their own.
         prefix_caching: reuse the cache of prompts that start alike.
@@ -86,7 +84,7 @@ class LLM:
         cache_bytes: int | None = None,
         block_size: int = 32,
         max_batch_tokens: int | None = None,
-        max_sequences: int = 64,
+        max_sequences: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
@@ -116,25 +114,21 @@ class LLM:
                     f"choose at most {limit}, or kv='streaming'"
                 )
             decoder.rotary.extend(max_model_len)
-        per_token = cache_bytes_per_token(specs, kv, weight.dtype)
-        states = max_sequences * cache_state_bytes(specs, kv, weight.dtype)
-        if cache_bytes is None:
-            length = limit if max_model_len is None else max_model_len
-            blocks = (-(-length // block_size) + 1) * min(max_sequences, _DEFAULT_SEQUENCES)
-            wanted = blocks * math.ceil(per_token * block_size) + states
-            cache_bytes = min(wanted, int(_DEFAULT_MEMORY * _free_memory(weight.device)))
-            room = cache_bytes - states
-            if room < per_token * block_size:
-                raise CacheError(_no_room(kv, cache_bytes, states, max_sequences))
-            if max_model_len is None and 0 < per_token * (limit + block_size) > room:
-                limit = max(0, int(room // (per_token * block_size))) * block_size
-                logger.warning("the free memory holds %d tokens: max_model_len is set to it", limit)
-        self.max_model_len = limit if max_model_len is None else max_model_len
+        size = cache_size(
+            decoder,
+            kv,
+            block_size,
+            cache_bytes=cache_bytes,
+            max_sequences=max_sequences,
+            max_model_len=max_model_len,
+            max_batch_tokens=max_batch_tokens,
+        )
+        self.max_model_len, max_sequences = size.max_model_len, size.max_sequences
         self.memory = make_memory(
             decoder,
             kv,
             policy,
-            cache_bytes=cache_bytes,
+            cache_bytes=size.cache_bytes,
             max_model_len=self.max_model_len,
             block_size=block_size,
             prefix_caching=prefix_caching,
@@ -277,19 +271,19 @@ class LLM:
 def _check_limits(
     block_size: int,
     max_batch_tokens: int | None,
-    max_sequences: int,
+    max_sequences: int | None,
     max_model_len: int | None,
 ) -> None:
     values = {
         "block_size": block_size,
         "max_batch_tokens": 1 if max_batch_tokens is None else max_batch_tokens,
-        "max_sequences": max_sequences,
+        "max_sequences": 1 if max_sequences is None else max_sequences,
         "max_model_len": 1 if max_model_len is None else max_model_len,
     }
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-    if max_batch_tokens is not None and max_batch_tokens < max_sequences:
+    if max_batch_tokens is not None and max_batch_tokens < (max_sequences or 1):
         raise ConfigError(
             f"max_batch_tokens ({max_batch_tokens}) must be at least max_sequences "
             f"({max_sequences}), so that every running sequence advances in each step"
@@ -349,19 +343,3 @@ def _eos_token_ids(decoder: Decoder, tokenizer: Any, directory: Path | None) -> 
     own = getattr(tokenizer, "eos_token_id", None)
     ids += [] if own is None else [own]
     return [i for i in dict.fromkeys(ids) if 0 <= i < decoder.config.vocab_size]
-
-
-def _no_room(kv: str | Sequence[str], cache_bytes: int, states: int, max_sequences: int) -> str:
-    least = f"the states of {max_sequences} sequences with kv={kv!r} alone are {states:,} bytes"
-    return (
-        f"a quarter of the free memory, {cache_bytes:,} bytes, holds no token: "
-        f"{least if states else 'one block is more'}. Lower "
-        f"{f'the options in kv={kv!r} or max_sequences' if states else 'block_size'}, or give "
-        "cache_bytes"
-    )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
-from serval import SamplingParams
+from serval import LLM, SamplingParams
+from serval.cache.memory import cache_state_bytes
 from serval.errors import CacheError
 
 from .helpers import greedy, tiny_decoder, tiny_llm
@@ -121,3 +123,21 @@ def test_a_cancelled_request_gives_back_blocks_and_window() -> None:
     assert group.states.num_used == 1
     llm.engine.abort(request.request_id)
     assert llm.memory.manager.used_blocks == group.states.num_used == 0
+
+
+def test_states_leave_three_quarters_of_the_cache_to_tokens() -> None:
+    """Unless more sequences are asked for; without states, 64 run at once."""
+    decoder = tiny_decoder()
+    specs, dtype = decoder.trunk_attention_layers, torch.float32
+    state = cache_state_bytes(specs, "oscar", dtype)
+    size = 40 * state
+
+    def at_once(**options: object) -> int:
+        settings = {"kv": "oscar", "cache_bytes": size, "max_model_len": 256, **options}
+        return LLM(decoder, **settings).engine.scheduler.max_sequences  # type: ignore[arg-type]
+
+    assert at_once() == 10
+    assert at_once(max_batch_tokens=4) == 4
+    assert at_once(max_sequences=20) == 20
+    assert at_once(kv="full") == 64
+    assert at_once(kv="streaming:sinks=2,recent=62", cache_bytes=10**8) == 64
