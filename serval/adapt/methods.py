@@ -10,8 +10,8 @@ from pydantic import Field
 from serval.adapt.annealing import Anneal, Annealing
 from serval.adapt.lora import LoraOptions, add_adapters
 from serval.models.decoder import Decoder
-from serval.train.recipe import Positive, Section
 from serval.train.reporting import Callback
+from serval.train.sections import Positive, Section
 
 
 class AdapterSection(Section):

@@ -15,16 +15,14 @@ from serval.errors import ConfigError
 from serval.models import checkpoint
 from serval.models.checkpoint.files import read_json
 from serval.registry import resolve
-from serval.train.recipe import (
+from serval.train.recipe import Run, check_section, read_values
+from serval.train.sections import (
     NonNegative,
     OptimizerSection,
     Positive,
-    Run,
     ScheduleSection,
     Section,
     TrainSection,
-    check_section,
-    read_values,
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from serval.errors import ConfigError
 from serval.registry import Entry
@@ -20,8 +21,10 @@ class Schedule(ABC):
 
     total_steps: optimizer steps of the whole run. warmup_steps: length of the linear warm-up.
     decay_steps: length of the final decay (wsd only). final: multiplier reached at the end.
+    reads: names of those that a kind of schedule uses.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"warmup_steps"})
     total_steps: int
     warmup_steps: int = 0
     decay_steps: int = 0
@@ -57,6 +60,8 @@ class Constant(Schedule):
 class Cosine(Schedule):
     """Warm-up, then half a cosine down to `final` at the last step (arXiv:1608.03983)."""
 
+    reads: ClassVar[frozenset[str]] = frozenset({"warmup_steps", "final"})
+
     def after_warmup(self, step: int) -> float:
         span = max(1, self.total_steps - 1 - self.warmup_steps)
         progress = min(1.0, (step - self.warmup_steps) / span)
@@ -66,6 +71,8 @@ class Cosine(Schedule):
 @dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
     """Warm-up, constant, then a linear decay over the last `decay_steps` (arXiv:2404.06395)."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"warmup_steps", "decay_steps", "final"})
 
     def after_warmup(self, step: int) -> float:
         left = self.total_steps - step  # steps still to do, this one included

@@ -126,6 +126,11 @@ QK = GOOD.replace("model: {", "model: {qk_norm: true, ")
         ("optimizer={name: mona, mona_alpha: -40}", r"optimizer: mona alpha is -40.*= 40"),
         ("initializer=zeros", "unknown initializer 'zeros'"),
         ("schedule.name=step", "unknown schedule 'step'"),
+        (
+            "schedule={name: cosine, decay_steps: 1}",
+            r"decay_steps means nothing .*'cosine'.*: wsd$",
+        ),
+        ("schedule={name: constant, final: 0.1}", r"schedule\.final means .*: wsd, cosine$"),
         ("schedule.warmup_steps=11", "exceed the 10 steps"),
         ("train.micro_batch_rows=3", r"train\.batch_rows is 4; expected a multiple"),
         ("data.row_tokens=4096", r"data\.row_tokens 4096 exceeds"),
