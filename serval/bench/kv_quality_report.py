@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serval.bench.harness import Case, Report
-from serval.bench.report_command import report_command
+from serval.bench.report_command import printed_by, report_command
 from serval.evaluate.plots import PALETTE
 
 OURS = ("oscar", "oscar:zero=min")
@@ -41,11 +41,7 @@ def result_table(report: Report) -> str:
         ]
         parts.append("\n".join(lines + [_errors(case.metrics) for case in found]))
     parts.append("\n".join(f"- {line}" for line in findings(report)))
-    machine = report.machine
-    parts.append(
-        f"Printed by `serval bench {report.bench}` on {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {machine['torch']}, {machine['date']}."
-    )
+    parts.append(printed_by(report))
     return "\n\n".join(part for part in parts if part)
 
 

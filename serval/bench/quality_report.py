@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serval.bench.harness import Case, Report
-from serval.bench.report_command import report_command
+from serval.bench.report_command import printed_by, report_command
 from serval.evaluate.plots import PALETTE
 
 GRANULARITIES = ("channel", "g128", "g32")
@@ -36,11 +36,7 @@ def result_table(report: Report) -> str:
                 lines.append(_line(case, integer.get(_key(case))))
         parts.append("\n".join(lines))
     parts.append("\n".join(f"- {line}" for line in findings(report)))
-    machine = report.machine
-    parts.append(
-        f"Printed by `serval bench {report.bench}` on {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {machine['torch']}, {machine['date']}."
-    )
+    parts.append(printed_by(report))
     return "\n\n".join(parts)
 
 

@@ -11,6 +11,15 @@ from serval.bench.table import read_report, replace_results
 from serval.errors import ConfigError, ServalError
 
 
+def printed_by(report: Report) -> str:
+    """The line below a table: the command and the machine."""
+    machine = report.machine
+    return (
+        f"Printed by `serval bench {report.bench}` on {machine['cpu']}, {machine['threads']} "
+        f"threads, torch {machine['torch']}, {machine['date']}."
+    )
+
+
 def update_page(report: Report, page: Path, table: Callable[[Report], str]) -> None:
     """Put the report's table between the result marks of `page`. Raises `ConfigError` for a report
     of tiny shapes, or a page without marks."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serval.bench.harness import Case, Report
-from serval.bench.report_command import report_command
+from serval.bench.report_command import printed_by, report_command
 from serval.bench.snapmla_errors import CONFIGS, REGIMES
 from serval.evaluate.plots import PALETTE
 
@@ -27,11 +27,7 @@ def result_table(report: Report) -> str:
     steps = [case for case in report.cases if "attention-" in case.case]
     if steps:
         parts.append(_step_table(steps))
-    machine = report.machine
-    parts.append(
-        f"Printed by `serval bench {report.bench}` on {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {machine['torch']}, {machine['date']}."
-    )
+    parts.append(printed_by(report))
     return "\n\n".join(parts)
 
 

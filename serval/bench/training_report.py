@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serval.bench.harness import Case, Report
+from serval.bench.report_command import printed_by
 from serval.bench.table import read_report, replace_results
 from serval.errors import ConfigError, ServalError
 from serval.evaluate.plots import PALETTE, new_figure, png
@@ -173,15 +174,13 @@ def result_table(report: Report) -> str:
             line[1] = f"not installed: {case.missing}"
     used = [0, *(i for i in range(1, len(layout.columns) + 1) if any(line[i] for line in lines))]
     names = ["case", *(name for name, _ in layout.columns)]
-    machine = report.machine
     return "\n".join(
         [
             "| " + " | ".join(names[i] for i in used) + " |",
             "| --- |" + " ---: |" * (len(used) - 1),
             *("| " + " | ".join(line[i] for i in used) + " |" for line in lines),
             "",
-            f"Printed by `serval bench {report.bench}` on {machine['cpu']}, torch "
-            f"{machine['torch']}, {machine['date']}.",
+            printed_by(report),
         ]
     )
 

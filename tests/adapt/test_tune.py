@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from serval.train.checkpoint import list_checkpoints
 from serval.train.reporting import Callback
 from tests.adapt.toy import logits
 from tests.engine.helpers import VOCAB, byte_tokenizer
+from tests.processes import torchrun
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -254,17 +252,8 @@ def test_schedule_and_optimizer_are_checked_before_data_is_read(
 def test_two_processes_train_the_same_adapter(make: Any, tmp_path: Path) -> None:
     recipe = make(output=str(tmp_path / "one"), train={"steps": 4}, checkpoint={"every": 0})
     alone = run(recipe, note=silent)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = ["tune", str(recipe), "--set", f"output={tmp_path / 'two'}", "--set", "merge=true"]
-    done = subprocess.run(
-        [*launcher, "-m", "serval.cli", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, "serval.cli", *words, seconds=300)
     first, second = (load_file(p / WEIGHTS) for p in (alone.adapter, tmp_path / "two" / "adapter"))
     assert first.keys() == second.keys()
     for name, tensor in first.items():

@@ -23,7 +23,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from tests.optim.shard_worker import CASES, whole
+from tests.optim.shard_worker import CASES, set_gradients, whole
 
 # mesh [2, 2]; what a tensor of d dimensions cannot have is replicated
 PLACEMENTS: dict[str, tuple[Placement, Placement]] = {
@@ -66,14 +66,7 @@ def drive(case: str, named: dict[str, nn.Parameter], steps: int = 6) -> dict[str
         groups.append({"params": [named["vector"]], "algorithm": "adamw"})  # type: ignore[dict-item]
     optimizer = kind(groups, lr=0.05, adjust_lr_fn="match_rms_adamw", **more)
     for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        for parameter in named.values():
-            grad = torch.randn(parameter.shape, generator=generator)
-            if isinstance(parameter, DTensor):
-                grad = distribute_tensor(
-                    grad, parameter.device_mesh, parameter.placements, src_data_rank=None
-                )
-            parameter.grad = grad
+        set_gradients(named.values(), step)
         optimizer.step()
     found: dict[str, Tensor] = {name: p.detach() for name, p in named.items()}
     for name, parameter in named.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def set_gradients(parameters: Iterable[Tensor], seed: int) -> None:
+    """Seeded ones, the same whole tensors for sharded parameters as for plain ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        grad = torch.randn(parameter.shape, generator=generator)
+        if isinstance(parameter, DTensor):
+            grad = distribute_tensor(
+                grad, parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        parameter.grad = grad
+
+
 def run(case: str, sharded: bool, steps: int = 6) -> tuple[dict[str, Tensor], int]:
     """Weights and state after `steps`, whole; collectives per step."""
     from torch.distributed.tensor.debug import CommDebugMode
@@ -68,14 +81,7 @@ def run(case: str, sharded: bool, steps: int = 6) -> tuple[dict[str, Tensor], in
     optimizer = kind(groups, lr=0.05, adjust_lr_fn="match_rms_adamw", **more)
     collectives = 0
     for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        for parameter in model.parameters():
-            grad = torch.randn(parameter.shape, generator=generator)
-            if isinstance(parameter, DTensor):
-                grad = distribute_tensor(
-                    grad, parameter.device_mesh, parameter.placements, src_data_rank=None
-                )
-            parameter.grad = grad
+        set_gradients(model.parameters(), step)
         with CommDebugMode() as communication:
             optimizer.step()
         collectives = communication.get_total_counts()

@@ -3,9 +3,6 @@ communication."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +11,12 @@ import torch
 
 from tests.optim.placement_worker import PLACEMENTS, STRIDED, Pair, drive, plain
 from tests.optim.shard_worker import CASES, run
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import torchrun
 
 
 def launch(worker: str, processes: int, out: Path) -> Any:
     """What the processes computed and saved as `out`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    result = subprocess.run(
-        [*launcher, f"--nproc-per-node={processes}", "-m", f"tests.optim.{worker}", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    torchrun(processes, f"tests.optim.{worker}", out)
     return torch.load(out)
 
 

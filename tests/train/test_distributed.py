@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from serval.train.distributed import World
+from tests.processes import torchrun
 from tests.train.shard_worker import KINDS, rescaling, train
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +22,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in KINDS:
         train(directory / f"{kind}-alone", kind, "uneven", 3, World())
         shutil.copytree(directory / f"{kind}-alone", directory / f"{kind}-one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launcher, "-m", "tests.train.shard_worker", str(directory)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    torchrun(2, "tests.train.shard_worker", directory)
     return directory
 
 
