@@ -74,7 +74,8 @@ class Case:
     ours, peer_value: seconds per unit of work. ratio: peer_value / ours (above 1: ours is faster).
     spread: smallest and largest ratio of a round. floor_fraction: the time that the memory
     bandwidth or the arithmetic alone would take, divided by ours. missing: how to install the peer.
-    failed: why a contestant has no value.
+    failed: why a contestant has no value. machine: where it was measured, when the report was
+    measured elsewhere or otherwise since.
     """
 
     case: str
@@ -87,6 +88,7 @@ class Case:
     metrics: dict[str, Any] = field(default_factory=dict)
     missing: str | None = None
     failed: str | None = None
+    machine: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -99,7 +101,7 @@ class Case:
             "floor_fraction": self.floor_fraction,
             "metrics": self.metrics,
         }
-        for key in ("missing", "failed"):
+        for key in ("missing", "failed", "machine"):
             if getattr(self, key) is not None:
                 values[key] = getattr(self, key)
         return values
@@ -120,6 +122,13 @@ class Report:
     machine: dict[str, Any]
     cases: list[Case]
     quick: bool = False
+
+    def machines(self) -> list[dict[str, Any]]:
+        """Where the cases were measured, this report's own machine first."""
+        found = [case.machine for case in self.cases if case.machine is not None]
+        if len(found) < len(self.cases) or not found:
+            found.insert(0, self.machine)
+        return [machine for i, machine in enumerate(found) if machine not in found[:i]]
 
 
 def _to_stderr(line: str) -> None:

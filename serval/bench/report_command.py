@@ -12,12 +12,13 @@ from serval.errors import ConfigError, ServalError
 
 
 def printed_by(report: Report) -> str:
-    """The line below a table: the command and the machine."""
-    machine = report.machine
-    return (
-        f"Printed by `serval bench {report.bench}` on {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {machine['torch']}, {machine['date']}."
-    )
+    """The line below a table: the command and where it ran."""
+    places = [
+        f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}, "
+        f"torch {machine['torch']}, {machine['date']}"
+        for machine in report.machines()
+    ]
+    return f"Printed by `serval bench {report.bench}` on {'; '.join(dict.fromkeys(places))}."
 
 
 def update_page(report: Report, page: Path, table: Callable[[Report], str]) -> None:

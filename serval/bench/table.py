@@ -42,11 +42,17 @@ def read_report(path: Path) -> Report:
 
 
 def merge_report(old: Report, new: Report) -> Report:
-    """`old` with the cases of `new` in place of those of the same name and peer."""
+    """`old` with the cases of `new` in place of those of the same name and peer. Cases that stay
+    keep their machine, where the new one is another or has other threads."""
     if old.bench != new.bench:
         raise ConfigError(f"the file holds results of {old.bench!r}, not of {new.bench!r}")
     fresh = {(case.case, case.peer): case for case in new.cases}
-    kept = [fresh.pop((case.case, case.peer), case) for case in old.cases]
+    moved = any(old.machine.get(key) != new.machine.get(key) for key in ("cpu", "threads", "torch"))
+    kept = []
+    for case in old.cases:
+        if moved and case.machine is None:
+            case = replace(case, machine=old.machine)
+        kept.append(fresh.pop((case.case, case.peer), case))
     return replace(new, cases=kept + list(fresh.values()))
 
 
@@ -159,8 +165,7 @@ def _value(seconds: float | None, tokens_per_second: float | None) -> str:
 
 def _machines(reports: Sequence[Report]) -> list[str]:
     seen: dict[str, list[str]] = {}
-    for report in reports:
-        machine = report.machine
+    for report, machine in ((r, m) for r in reports for m in r.machines()):
         text = f"{machine['cpu']}, {machine['threads']} threads"
         if "read_gb_per_s" in machine:
             text += (

@@ -22,6 +22,7 @@ from serval.bench.harness import (
     paired_rounds,
 )
 from serval.bench.language_models import cache_bytes_per_number
+from serval.bench.report_command import printed_by
 from serval.bench.table import (
     BEGIN,
     END,
@@ -167,6 +168,23 @@ def test_reports_survive_the_disk_and_merge(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ConfigError, match="not a benchmark report"):
         read_report(path)
+
+
+def test_cases_of_other_threads_keep_their_machine(tmp_path: Path) -> None:
+    path, page = tmp_path / "decode.json", tmp_path / "page.md"
+    write_report(report(), path)
+    single = {**MACHINE, "threads": 1}
+    newer = Report("decode", single, [Case("float32-decode", 0.4, "other", 0.8, 2.0)])
+    write_report(merge_report(read_report(path), newer), path)
+    merged = read_report(path)
+    assert [case.machine for case in merged.cases] == [MACHINE, None, MACHINE]
+    assert merged.machines() == [single, MACHINE]
+    assert printed_by(merged).count("thread") == 2
+    page.write_text(f"{BEGIN}\n{END}\n")
+    update_readme([path], page)
+    assert page.read_text().count("Printed by") == 2
+    back = merge_report(merged, replace(report(), machine=MACHINE))
+    assert back.machines() == [MACHINE]
 
 
 def test_the_readme_table_replaces_what_stands_between_the_marks(tmp_path: Path) -> None:
