@@ -39,7 +39,14 @@ def test_random_traffic(seed, spare, block, batch, sequences, prefix_caching, kv
     batch=st.integers(6, 40),
     sequences=st.integers(2, 6),
     prefix_caching=st.booleans(),
-    kv=st.sampled_from(["full", "snapmla", "snapmla:config=a,fp8_queries=2", ["snapmla", "full"]]),
+    kv=st.sampled_from(
+        [
+            "full",
+            "snapmla",
+            "snapmla:config=a,fp8_queries=2",
+            ["snapmla:config=c", "snapmla:config=d"],
+        ]
+    ),
 )
 def test_random_traffic_of_latents(
     seed, spare, block, batch, sequences, prefix_caching, kv

@@ -19,12 +19,14 @@ The paper's ablations, as `config`:
     snapmla  as above
     a        one scale over latent and rotary key, both in E4M3, queries alike
     b        scale 1 for every latent, rotary keys in bfloat16 as they are
-    c, d     one scale per tensor, or per 64 tokens: a new token can change the scale of stored
-             ones, which would have to be coded anew and may be shared with other sequences. These
-             two exist for `serval bench snapmla` only.
+    c        one scale per sequence: that of the largest number so far
+    d        one scale per 64 tokens: that of the largest number of these so far
 
-`a` and `b` are stored in the same arrays, for comparing quality; formats of their own would take
-C + R + 4 and C + 2R bytes.
+In `c` and `d` the paper codes all tokens by the largest number of all; here a token is coded by
+those up to itself, since stored tokens are never coded anew and may be shared. So a later, larger
+token does not coarsen earlier ones (`serval bench snapmla` measures both with all tokens at once).
+All are stored in the same arrays, for comparing quality; formats of their own would take C + R + 4
+(`a`), C + 2R (`b`, `c`) and C + 4 / 64 + 2R bytes (`d`).
 """
 
 from __future__ import annotations
@@ -39,15 +41,16 @@ from serval.cache.layouts.base import CacheView, Layout
 from serval.cache.layouts.full import absorb, attend_materialised, expand, materialise_from
 from serval.errors import CacheError
 from serval.kernels.snapmla import reference
+from serval.kernels.snapmla.reference import BLOCK, SMALLEST
 from serval.models.attention import AttentionSpec
 
-CONFIGS = ("snapmla", "a", "b")
+CONFIGS = ("snapmla", "a", "b", "c", "d")
 
 
 class SnapMLALayout(Layout):
     """Codes uint8 [B, S, C], scales float32 [B, S], aligned rotary keys bfloat16 [B, S, R].
 
-    config: "snapmla", "a" or "b". fp8_queries: most tokens of one sequence in a step that attend in
+    config: one of CONFIGS. fp8_queries: most tokens of one sequence in a step that attend in
     FP8; more are a prompt and attend in the model's precision.
     """
 
@@ -58,12 +61,6 @@ class SnapMLALayout(Layout):
 
     @classmethod
     def check_options(cls) -> None:
-        if cls.config in ("c", "d"):
-            raise CacheError(
-                f"configuration {cls.config!r} of cache layout 'snapmla' shares a scale between "
-                "tokens, so a new token would change stored ones; it exists in `serval bench "
-                "snapmla` only. Use one of: " + ", ".join(CONFIGS)
-            )
         if cls.config not in CONFIGS:
             raise CacheError(
                 f"cache layout 'snapmla' has no configuration {cls.config!r}; choose one of: "
@@ -111,12 +108,17 @@ class SnapMLALayout(Layout):
 
     def fill_latent(self, slot: int, view: CacheView, latent: Tensor, k_rope: Tensor) -> None:
         codes, scales, rope = self.storage[slot]
-        if self.config == "b":
-            self._write_unscaled(slot, view, latent, k_rope)
-        else:
+        if self.config in ("snapmla", "a"):
             kernels.write_snapmla(
                 latent, k_rope, view.slots, codes, scales, rope, self.config == "a"
             )
+            return
+        by = torch.ones(len(latent), device=latent.device)
+        if self.config != "b":
+            by = self._running_scales(scales, view, latent)
+        made = reference.quantize_by(latent.float(), k_rope.float(), by)
+        for cache, rows in zip(self.storage[slot], made, strict=True):
+            cache[view.slots // self.block_size, view.slots % self.block_size] = rows
 
     def step_latent(
         self,
@@ -156,12 +158,28 @@ class SnapMLALayout(Layout):
             out[at] = self._decode(slot, some, q_nope[at], q_rope[at], kv_b, scale)
         return out
 
-    def _write_unscaled(self, slot: int, view: CacheView, latent: Tensor, k_rope: Tensor) -> None:
-        made = reference.quantize_by(
-            latent.float(), k_rope.float(), torch.ones(len(latent), device=latent.device)
-        )
-        for cache, rows in zip(self.storage[slot], made, strict=True):
-            cache[view.slots // self.block_size, view.slots % self.block_size] = rows
+    def _running_scales(self, stored: Tensor, view: CacheView, latent: Tensor) -> Tensor:
+        """Of new tokens, float32 [T]: of the largest number so far in their sequence ("c") or in
+        their 64 tokens ("d"). stored: the layer's scales."""
+        largest = latent.float().abs().amax(-1)
+        out = torch.empty_like(largest)
+        start = 0
+        for n, (length, count) in enumerate(zip(view.lengths, view.queries, strict=True)):
+            at, row = length - count, start
+            start += count
+            while at < length:
+                step = length - at
+                if self.config == "d":
+                    step = min(step, BLOCK - at % BLOCK)
+                high = largest[row : row + step].cummax(0).values.clamp_min(SMALLEST)
+                scales = reference.scale_of(high)
+                if at and (self.config == "c" or at % BLOCK):
+                    last = view.block_tables[n, (at - 1) // self.block_size]
+                    before = stored[last, (at - 1) % self.block_size]
+                    scales = torch.maximum(scales, before)
+                out[row : row + step] = scales
+                at, row = at + step, row + step
+        return out
 
     def _decode(
         self,
