@@ -10,8 +10,8 @@ sequence of latents c [L, C] and rotary keys k [L, R]:
     d        one scale per block of 64 tokens; rotary keys in bfloat16
 
 All attend by the same arithmetic (`serval.kernels.snapmla.reference`) with queries quantised per
-token and head, since the ablation is of the cache. `c` and `d` see the whole text here, also what is
-later than a query; the cache layout codes a token by those up to it.
+token and head, since the ablation is of the cache. `c` and `d` see the whole text here, also what
+is later than a query; the cache layout codes a token by those up to it.
 
 Three regimes of tokens: `gaussian`, c and k standard normal; `rope`, k ten times larger, four dims
 two hundred times, which queries answer with as much smaller numbers; `norms`, every latent times a
