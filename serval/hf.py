@@ -35,7 +35,7 @@ from serval.cache.layouts.oscar import OScaRLayout
 from serval.cache.manager import SequenceCache
 from serval.cache.memory import PagedMemory, cache_budget
 from serval.errors import CacheError
-from serval.hf_prefixkv import PrefixKVCache
+from serval.hf_prefixkv import PrefixKVCache, text_config
 from serval.models.attention import AttentionSpec
 
 __all__ = ["OScaRCache", "PrefixKVCache"]
@@ -86,7 +86,7 @@ class OScaRCache(Cache):
                 f"OScaRCache holds oscar, kivi, int4, int2 and q4_0 layouts, not {kv!r}"
             )
         padding = None if attention_mask is None else _left_padding(attention_mask)
-        text = config.get_text_config(decoder=True)
+        text = text_config(config)
         window = getattr(text, "sliding_window", None)
         kinds = (
             getattr(text, "layer_types", None)

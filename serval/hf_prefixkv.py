@@ -38,6 +38,16 @@ ATTENTION = "serval-policy"
 _TAG = "_serval_layer"  # attribute of the keys that `update` returns
 
 
+def text_config(config: Any) -> Any:
+    """The part of a `transformers` config that describes the decoder; raises CacheError for what is
+    no config."""
+    if not hasattr(config, "get_text_config"):
+        raise CacheError(
+            f"expected a transformers config, such as model.config, got {type(config).__name__}"
+        )
+    return config.get_text_config(decoder=True)
+
+
 class PrefixKVCache(Cache):
     """A `transformers` cache under a policy, for decoder-only models with grouped-query attention.
 
@@ -55,7 +65,7 @@ class PrefixKVCache(Cache):
             raise CacheError(
                 f"PrefixKVCache got keep={keep} and policy={policy!r}: write keep into the policy"
             )
-        text = config.get_text_config(decoder=True)
+        text = text_config(config)
         self.policy = make_policy(policy or f"prefixkv:keep={0.2 if keep is None else keep}")
         window = getattr(text, "sliding_window", None)
         kinds = getattr(text, "layer_types", None) or (

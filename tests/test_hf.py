@@ -19,7 +19,7 @@ from transformers import (
 from serval import LLM, SamplingParams
 from serval.errors import CacheError
 from serval.evaluate.shipped import shipped_model
-from serval.hf import ATTENTION, OScaRCache, OScaRCacheLayer
+from serval.hf import ATTENTION, OScaRCache, OScaRCacheLayer, PrefixKVCache
 from serval.kernels import jit
 
 SHAPE = {
@@ -245,7 +245,7 @@ def test_sliding_layers_keep_their_window_and_others_are_refused() -> None:
     model.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(CacheError, match="chunked_attention"):
         OScaRCache(model.config)
-    with pytest.raises(CacheError, match="key_bits=3"):
+    with pytest.raises(CacheError, match="got bits=3"):
         OScaRCache(Qwen3Config(**SHAPE), bits=3)
     with pytest.raises(CacheError, match="not 'full'"):
         OScaRCache(Qwen3Config(**SHAPE), layout="full")
@@ -259,3 +259,9 @@ def test_the_shipped_model_saves_memory() -> None:
         model(ids, past_key_values=cache)
     full = 6 * 1024 * 2 * 2 * 64 * 4
     assert cache.nbytes < 0.35 * full  # an eighth of the tokens' length is the exact window
+
+
+@pytest.mark.parametrize("kind", [OScaRCache, PrefixKVCache])
+def test_a_model_is_no_config(kind: type) -> None:
+    with pytest.raises(CacheError, match=r"such as model\.config, got Linear"):
+        kind(torch.nn.Linear(1, 1))

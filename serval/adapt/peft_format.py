@@ -74,6 +74,8 @@ def read_adapter(directory: str | Path, decoder: Decoder) -> Adapter:
             f"there is no adapter directory {str(directory)!r}; expected one with {CONFIG} and "
             f"{WEIGHTS}"
         )
+    if not (directory / CONFIG).exists():
+        raise CheckpointError(f"{directory / CONFIG} is missing; is {directory} a LoRA adapter?")
     values = read_json(directory / CONFIG)
     _check_config(values, directory / CONFIG)
     pairs = _pairs(_read_tensors(directory))

@@ -69,6 +69,7 @@ def _rounded(value: Any) -> Any:
 def print_report(report: Report) -> None:
     """Print the report as a table."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     machine = report.machine
@@ -84,14 +85,14 @@ def print_report(report: Report) -> None:
     table.add_column("metrics", overflow="fold")
     for case in report.cases:
         table.add_row(
-            case.case,
+            escape(case.case),
             _value(case.ours, case.metrics.get("tokens_per_second")),
             "" if case.floor_fraction is None else f"{case.floor_fraction:.0%}",
-            case.peer or "",
-            _peer_value(case),
+            escape(case.peer or ""),
+            escape(_peer_value(case)),
             "" if case.ratio is None else f"{case.ratio:.2f}x",
             "" if case.spread is None else f"{case.spread[0]:.2f}-{case.spread[1]:.2f}",
-            _metrics(case),
+            escape(_metrics(case)),
         )
     console = Console()
     if not console.is_terminal:

@@ -114,7 +114,9 @@ def prune(
     intermediate_size: Annotated[
         int | None, typer.Option(help="Channels to keep, instead of a budget.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps, recovery included; 0: none.")] = 300,
+    steps: Annotated[
+        int, typer.Option(help="Training steps, recovery included: 0, or 10 and more.")
+    ] = 300,
     batch_rows: Annotated[int, typer.Option(help="Rows of a step.")] = 4,
     micro_batch_rows: Annotated[int, typer.Option(help="Rows computed at a time.")] = 1,
     length: Annotated[

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from serval.compress.block import Block, LinearInput, Matrix, Site
-from serval.compress.recipe import Recipe
+from serval.compress.recipe import Count, Recipe
 from serval.compress.rtn import round_to_nearest
 from serval.compress.scheme import QuantizedWeight, WeightScheme, quantize
 from serval.compress.statistics import Wanted
@@ -37,9 +37,9 @@ _NOT_CLIPPED = ("q_proj", "k_proj")
 class AWQ(Recipe):
     """Parameters. steps: ratios tried. clip: search smaller scales as well. clip_steps: of 5 %."""
 
-    steps: int = 20
+    steps: Count = 20
     clip: bool = True
-    clip_steps: int = 10
+    clip_steps: Count = 10
 
     statistics: ClassVar[frozenset[Wanted]] = frozenset({"range", "rows"})
 

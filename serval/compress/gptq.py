@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from serval.compress.block import Matrix
-from serval.compress.recipe import Recipe
+from serval.compress.recipe import Count, Positive, Recipe
 from serval.compress.rtn import round_to_nearest
 from serval.compress.scheme import QuantizedWeight, WeightScheme
 from serval.compress.statistics import InputStatistics, Wanted
@@ -49,11 +49,11 @@ class GPTQ(Recipe):
     largest weight, "mse" searches a smaller scale. block: columns of one lazy batch.
     """
 
-    damping: float = 0.01
+    damping: Positive = 0.01
     act_order: bool = True
     static_groups: bool = True
     search: Search = "max"
-    block: int = 128
+    block: Count = 128
 
     statistics: ClassVar[frozenset[Wanted]] = frozenset({"hessian"})
     inputs: ClassVar[Literal["float", "quantized"]] = "quantized"

@@ -122,6 +122,7 @@ class Resolved:
         for target in targets(decoder):
             for name in target.checkpoint_modules():
                 made[name] = self._scheme(target, name, apart, tied)
+        self.rules.check_used([*made, "lm_head"])
         if not any(isinstance(scheme, WeightScheme) for scheme in made.values()):
             reasons = ", ".join(sorted({str(why) for why in made.values()}))
             raise ConfigError(
@@ -171,9 +172,9 @@ def _inputs(target: Target, name: str) -> int:
 
 def make(kind: Any, settings: dict[str, Any], what: str) -> Any:
     """`kind`, a dataclass, with its fields set; raises ConfigError naming an unknown field, or one
-    whose value has the wrong type."""
+    whose value has the wrong type or is out of range."""
     known = [f.name for f in fields(kind) if f.init]
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     checked = {}
     for key, value in settings.items():
         if key not in known:

@@ -32,7 +32,7 @@ from torch import Tensor
 from serval.compress.awq import clipped_scales
 from serval.compress.block import Block, Matrix
 from serval.compress.gptq import GPTQ, gptq
-from serval.compress.recipe import Recipe
+from serval.compress.recipe import Count, Positive, Recipe
 from serval.compress.rtn import round_to_nearest
 from serval.compress.scheme import QuantizedWeight, WeightScheme, quantize
 from serval.compress.statistics import InputStatistics, Wanted
@@ -50,12 +50,12 @@ class Odyssey(Recipe):
     the learnt scales (otherwise rounding to nearest). damping: of GPTQ."""
 
     clip: Literal["hessian", "grid", "block", "none"] = "hessian"
-    steps: int = 60
-    rate: float = 0.1
-    epochs: int = 10
-    block_rate: float = 0.01
+    steps: Count = 60
+    rate: Positive = 0.1
+    epochs: Count = 10
+    block_rate: Positive = 0.01
     compensate: bool = True
-    damping: float = 0.01
+    damping: Positive = 0.01
     _scales: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     default_scheme: ClassVar[WeightScheme] = WeightScheme(bits=4, group_size=None)

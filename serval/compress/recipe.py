@@ -17,8 +17,9 @@ Before the first block a `Rotation` may transform the model (`ROTATIONS`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+from pydantic import Field
 from rich.console import RenderableType
 from torch import Tensor, nn
 
@@ -26,6 +27,10 @@ from serval.compress.block import Block, Matrix
 from serval.compress.scheme import QuantizedWeight, WeightScheme, quantize
 from serval.compress.statistics import Wanted
 from serval.models.config import ModelConfig
+
+# Of parameters; settings from the command line are checked against them.
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Recipe(ABC):

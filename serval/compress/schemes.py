@@ -91,6 +91,19 @@ class SchemeRules:
         """Whether the matrix was asked to stay in float."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignore)
 
+    def check_used(self, names: Sequence[str]) -> None:
+        """Raise ConfigError for a pattern that fits none of `names`, which would change nothing."""
+        for option, patterns in (
+            ("ignore", self.ignore),
+            ("override", [override.pattern for override in self.overrides]),
+        ):
+            for pattern in patterns:
+                if not fnmatch.filter(names, pattern):
+                    raise ConfigError(
+                        f"{option} pattern {pattern!r} fits no matrix of this model; names look "
+                        f"like {names[0]!r}"
+                    )
+
     def scheme(self, name: str, inputs: int) -> WeightScheme:
         """Of the matrix `name` with `inputs` columns; raises ConfigError naming it when its groups
         do not divide them."""

@@ -120,6 +120,11 @@ class Evaluator:
         directory = locate(options.model)
         self.tokenizer: Any = load_tokenizer(directory)
         self.context = checkpoint.read_config(directory).max_position_embeddings
+        if options.window is not None and options.window > self.context:
+            raise ConfigError(
+                f"a window of {options.window} tokens exceeds the model's {self.context}; choose a "
+                "smaller --window"
+            )
         self.window = min(options.window or 2048, self.context)
         self.texts: list[str] = []
         if options.text_tokens or options.tasks:

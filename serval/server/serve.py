@@ -137,7 +137,8 @@ def build_app(options: ServeOptions) -> FastAPI:
         try:
             template = options.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--chat-template {options.chat_template}: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--chat-template {options.chat_template}: {why}") from error
     jit.prepare()  # all kernels at once on a first start, instead of one after the other in a step
     from serval.server.app import create_app
     from serval.server.engine import EngineBackend

@@ -215,6 +215,9 @@ def test_the_console_table_prints_every_case(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "2.00x" in shown
     assert "perplexity 3.21" in shown
+    absent = Case("x", 1.0, "peer", missing="pip install 'serval-llm[bench]'")
+    print_report(Report("decode", MACHINE, [absent]))
+    assert "serval-llm[bench]" in capsys.readouterr().out  # no markup
 
 
 class Target:

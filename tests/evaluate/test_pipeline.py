@@ -99,6 +99,8 @@ def test_text_sources(tmp_path, texts):
 def test_bad_options_are_named(model, texts):
     with pytest.raises(ConfigError, match="1024 tokens exceeds the model's 512"):
         run(small(model, texts, lengths=[1024]))
+    with pytest.raises(ConfigError, match="window of 1024 tokens exceeds the model's 512"):
+        run(small(model, texts, window=1024))
     with pytest.raises(ConfigError, match="unknown task 'haystack'"):
         run(small(model, texts, tasks=("haystack",)))
     with pytest.raises(ConfigError, match="unknown cache layout 'int3'"):

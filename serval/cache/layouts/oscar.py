@@ -106,6 +106,12 @@ class OScaRLayout(Layout):
 
     @classmethod
     def check_options(cls) -> None:
+        for option, choices in (("bits", (2, 4)), ("value_bits", (0, 2, 4))):
+            if getattr(cls, option) not in choices:
+                raise CacheError(
+                    f"cache layout {cls.name!r} got {option}={getattr(cls, option)}; expected one "
+                    f"of {', '.join(map(str, choices))}"
+                )
         cls.format(AttentionSpec("gqa", 1, 1, 32, 32))
         if cls.residual < oscar.GROUP or cls.residual % oscar.GROUP:
             raise CacheError(
