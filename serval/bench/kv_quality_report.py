@@ -176,7 +176,7 @@ def _base(m: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of the module's text."""
-    report_command("kv-quality", result_table, draw, arguments)
+    report_command(["kv-quality"], result_table, draw, arguments)
 
 
 if __name__ == "__main__":

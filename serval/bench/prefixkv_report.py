@@ -151,7 +151,7 @@ def draw(report: Report, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of the module's text."""
-    report_command("prefixkv", result_table, draw, arguments)
+    report_command(["prefixkv"], result_table, draw, arguments)
 
 
 if __name__ == "__main__":

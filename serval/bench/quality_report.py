@@ -185,7 +185,7 @@ def _point(panel: Any, case: Case, shift: float, colour: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of the module's text."""
-    report_command("w4a8-quality", result_table, draw, arguments)
+    report_command(["w4a8-quality"], result_table, draw, arguments)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from serval.bench.harness import Report
@@ -30,24 +30,27 @@ def update_page(report: Report, page: Path, table: Callable[[Report], str]) -> N
 
 
 def report_command(
-    bench: str,
+    benches: Collection[str],
     table: Callable[[Report], str],
     draw: Callable[[Report, Path], None],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Read a report of `bench`; put its table on --page, draw --picture, or print the table.
+    """Read a report of one of `benches`; put its table on --page, draw --picture, or print it.
 
     Exits with 1 and one line when the file is no such report or the page cannot take it.
     """
-    parser = argparse.ArgumentParser(description=f"Tables and picture of a {bench} report.")
+    parser = argparse.ArgumentParser(description="Tables and picture of a report.")
     parser.add_argument("report", type=Path)
     parser.add_argument("--page", type=Path, help="Markdown file whose results are replaced")
     parser.add_argument("--picture", type=Path, help="PNG or SVG file to draw")
     chosen = parser.parse_args(arguments)
     try:
         report = read_report(chosen.report)
-        if report.bench != bench:
-            raise ConfigError(f"{chosen.report} is a report of {report.bench!r}")
+        if report.bench not in benches:
+            raise ConfigError(
+                f"{chosen.report} is a report of {report.bench!r}; this shows those of: "
+                f"{', '.join(benches)}"
+            )
         if chosen.page is not None:
             update_page(report, chosen.page, table)
         if chosen.picture is not None:

@@ -129,7 +129,7 @@ def draw(report: Report, picture: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of the module's text."""
-    report_command("snapmla", result_table, draw, arguments)
+    report_command(["snapmla"], result_table, draw, arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serval.bench.harness import Case, Report
-from serval.bench.report_command import printed_by
-from serval.bench.table import read_report, replace_results
-from serval.errors import ConfigError, ServalError
+from serval.bench.report_command import printed_by, report_command
+from serval.errors import ConfigError
 from serval.evaluate.plots import PALETTE, new_figure, png
 
 if TYPE_CHECKING:
@@ -228,27 +226,15 @@ def _panel(axis: Axes, found: dict[str, list[float]], arms: Sequence[str]) -> No
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def draw(report: Report, path: Path) -> None:
+    """Write `picture` to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(report))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of the module's text."""
-    parser = argparse.ArgumentParser(description="Table and picture of a training benchmark.")
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--page", type=Path, help="Markdown file whose results are replaced")
-    parser.add_argument("--picture", type=Path, help="PNG file to write")
-    chosen = parser.parse_args(arguments)
-    try:
-        report = read_report(chosen.report)
-        table = result_table(report)
-        if chosen.page is not None:
-            if report.quick:
-                raise ConfigError("the report was measured with --quick, which is no result")
-            replace_results(chosen.page, f"\n{table}\n")
-        if chosen.picture is not None:
-            chosen.picture.parent.mkdir(parents=True, exist_ok=True)
-            chosen.picture.write_bytes(picture(report))
-        if chosen.page is None and chosen.picture is None:
-            print(table)
-    except ServalError as error:
-        parser.exit(1, f"{error}\n")
+    report_command(LAYOUTS, result_table, draw, arguments)
 
 
 if __name__ == "__main__":

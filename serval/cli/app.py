@@ -28,6 +28,10 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 Layout = Annotated[str, typer.Option("--kv", help="Cache layout; see `serval methods`.")]
 TextField = Annotated[str, typer.Option(help="Field of JSONL or Parquet texts.")]
 Force = Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")]
+Recipe = Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: --set train.steps=100")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget an earlier run's state.")]
 
 

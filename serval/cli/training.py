@@ -8,15 +8,13 @@ from typing import Annotated
 
 import typer
 
-from serval.cli.app import Force, Fresh, Model, app
+from serval.cli.app import Force, Fresh, Model, Overrides, Recipe, app
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key: --set train.steps=100")
-    ] = None,
+    recipe: Recipe,
+    override: Overrides = None,
     fresh: Fresh = False,
 ) -> None:
     """Train a model from a recipe, resuming an interrupted run; works under torchrun too."""
@@ -29,10 +27,8 @@ def train(
 
 @app.command()
 def tune(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key: --set adapter.rank=32")
-    ] = None,
+    recipe: Recipe,
+    override: Overrides = None,
     fresh: Fresh = False,
 ) -> None:
     """Fine-tune a model on conversations or completions: all weights, LoRA or AFA-LoRA."""

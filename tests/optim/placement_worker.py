@@ -7,10 +7,6 @@ parameters. Gradients are seeded and given.
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,7 +19,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from tests.optim.shard_worker import CASES, set_gradients, whole
+from tests.optim.shard_worker import CASES, save_of_all, set_gradients, whole
 
 # mesh [2, 2]; what a tensor of d dimensions cannot have is replicated
 PLACEMENTS: dict[str, tuple[Placement, Placement]] = {
@@ -132,8 +128,8 @@ def replicas_agree(found: dict[str, Tensor]) -> bool:
     return True
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def every_placement() -> dict[tuple[str, str], tuple[dict[str, Tensor], bool]]:
+    """Whole tensors of each case and placement, and whether replicas agree."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     results = {}
     for case in CASES:
@@ -145,11 +141,8 @@ def main() -> None:
             agree = [None] * dist.get_world_size()
             dist.all_gather_object(agree, replicas_agree(found))
             results[case, placement] = ({k: whole(v) for k, v in found.items()}, all(agree))
-    if int(os.environ["RANK"]) == 0:
-        torch.save(results, Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    save_of_all(every_placement)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,10 @@ def run(case: str, sharded: bool, steps: int = 6) -> tuple[dict[str, Tensor], in
     return found, collectives
 
 
-def main() -> None:
+def save_of_all(compute: Callable[[], Any]) -> None:
+    """What the processes compute together, saved by the first as the file that torchrun names."""
     dist.init_process_group("gloo")
-    results = {case: run(case, sharded=True) for case in CASES}
+    results = compute()
     if int(os.environ["RANK"]) == 0:
         torch.save(results, Path(sys.argv[1]))
     dist.barrier()
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    save_of_all(lambda: {case: run(case, sharded=True) for case in CASES})
